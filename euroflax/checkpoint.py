@@ -1,0 +1,229 @@
+"""Checkpoints: saved by Orbax in the background, and trusted only behind a manifest of hashes of our own.
+
+Orbax commits a step by renaming its folder; then we hash every file in it and write `manifests/STEP.json`, by rename
+as well. A step without a manifest, or whose files do not fit theirs, is no checkpoint: the one before is. A step is
+deleted by renaming it into the trash, so that a death in the middle of a deletion leaves nothing half there.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from euroflax import experiment
+from euroflax.experiment import RunFailed
+from euroflax.folders import replace_json
+
+T = TypeVar("T")
+
+_TRASH = "trash"
+_HARMED = "harmed"
+_MANIFESTS = "manifests"
+
+
+class Checkpoints:
+    """The checkpoints of one run, for all processes of the job; process 0 keeps the manifests."""
+
+    def __init__(self, path: pathlib.Path, declared: experiment.Checkpoint, note: Callable[[str], None]) -> None:
+        """Opens the folder, empties its trash and puts aside what no manifest vouches for.
+
+        Args:
+            path: the folder `checkpoints` of a run.
+            declared: what to keep.
+            note: told, in a sentence, of each checkpoint that is passed over.
+        """
+        self._path, self._note = path.resolve(), note
+        self._finishing: concurrent.futures.Future | None = None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        _quiet()
+        self.latest = _agreed(self._clean() if jax.process_index() == 0 else None)
+        policies = checkpoint_managers.preservation_policy
+        keep: list = [policies.LatestN(max(declared.keep_last, 2))]  # the last one is unproven until it is hashed
+        if declared.keep_every_steps is not None:
+            keep.append(policies.EveryNSteps(declared.keep_every_steps))
+        self._manager = ocp.CheckpointManager(
+            self._path,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                should_save_fn=lambda step, latest: True,
+                todelete_subdir=_TRASH,
+            ),
+        )
+
+    def _clean(self) -> int | None:
+        """Latest step whose files are as its manifest says.
+
+        Later and unfinished ones go to the trash; those that were whole once are put aside and never deleted.
+        """
+        self._path.mkdir(parents=True, exist_ok=True)
+        (self._path / _MANIFESTS).mkdir(exist_ok=True)
+        latest = _latest_good(self._path, self._note)
+        for entry in self._path.iterdir():
+            unfinished = entry.is_dir() and "orbax-checkpoint-tmp" in entry.name
+            if unfinished or (entry.name.isdigit() and (latest is None or int(entry.name) > latest)):
+                was_whole = (self._path / _MANIFESTS / f"{entry.name}.json").is_file()
+                _put_aside(self._path, entry, _HARMED if was_whole else _TRASH)
+        self._empty_trash()
+        return latest
+
+    def _empty_trash(self) -> None:
+        shutil.rmtree(self._path / _TRASH, ignore_errors=True)
+        steps = set(listed_steps(self._path))
+        for manifest in (self._path / _MANIFESTS).glob("*.json"):
+            if int(manifest.stem) not in steps:
+                manifest.unlink(missing_ok=True)
+
+    def save(self, step: int, state: object, facts: dict) -> None:
+        """Begins to save; returns when the state may be changed, while files are still being written.
+
+        Args:
+            step: completed steps.
+            state: a tree of arrays, sharded as they are.
+            facts: what JSON can hold.
+
+        Raises:
+            RunFailed: the save before could not be finished.
+        """
+        self.wait()
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(facts))
+        self._manager.save(step, args=arguments, force=True)
+        self._finishing = self._pool.submit(self._finish, step)
+
+    def _finish(self, step: int) -> None:
+        """Waits for Orbax to commit a step, then vouches for it. Orbax's own callback comes before its commit."""
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            replace_json(self._path / _MANIFESTS / f"{step}.json", hash_files(self._path / str(step)))
+            self._empty_trash()
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk with its manifest.
+
+        Raises:
+            RunFailed: it could not be finished.
+        """
+        if self._finishing is None:
+            return
+        finishing, self._finishing = self._finishing, None
+        try:
+            finishing.result()
+        except Exception as error:
+            raise RunFailed(f"a checkpoint could not be finished: {error}") from error
+
+    def restore(self, abstract_state: T, check: Callable[[dict], None]) -> tuple[T, dict]:
+        """State and facts of the latest checkpoint, onto the shardings of `abstract_state`, whatever mesh saved it.
+
+        Args:
+            abstract_state: shapes, types and shardings to restore.
+            check: given the facts before any array is read; raises where the checkpoint is not wanted.
+        """
+        assert self.latest is not None
+        return _restore(self._manager, self.latest, abstract_state, check)
+
+    def close(self) -> None:
+        """Waits for the last save and lets go of Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            self._manager.close()
+
+
+def restore_latest(
+    path: pathlib.Path, abstract_state: T, check: Callable[[dict], None], note: Callable[[str], None]
+) -> tuple[T, dict] | None:
+    """As `Checkpoints.restore`, but changes nothing in the folder, which a running job may own; None without any."""
+    latest = _agreed(_latest_good(path, note) if jax.process_index() == 0 else None)
+    if latest is None:
+        return None
+    _quiet()
+    with ocp.CheckpointManager(path.resolve(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        return _restore(manager, latest, abstract_state, check)
+
+
+def _restore(
+    manager: ocp.CheckpointManager, step: int, abstract_state: T, check: Callable[[dict], None]
+) -> tuple[T, dict]:
+    facts = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+    check(facts)
+    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))["state"]
+    return state, facts
+
+
+def _quiet() -> None:
+    """Keeps Orbax's log off the user's terminal."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def _latest_good(path: pathlib.Path, note: Callable[[str], None]) -> int | None:
+    """Latest step whose files are as its manifest says."""
+    for step in sorted(listed_steps(path), reverse=True):
+        fault = verify(path, step)
+        if fault is None:
+            return step
+        note(f"checkpoint {step} is passed over: {fault}")
+    return None
+
+
+def _agreed(step: int | None) -> int | None:
+    """Process 0's answer, in every process."""
+    if jax.process_count() == 1:
+        return step
+    value = int(multihost_utils.broadcast_one_to_all(-1 if step is None else step))
+    return None if value < 0 else value
+
+
+def listed_steps(path: pathlib.Path) -> list[int]:
+    """Steps that have a folder, finished or not."""
+    return [int(entry.name) for entry in path.iterdir() if entry.name.isdigit()] if path.is_dir() else []
+
+
+def _put_aside(path: pathlib.Path, entry: pathlib.Path, folder: str) -> None:
+    target = path / folder
+    target.mkdir(exist_ok=True)
+    entry.rename(target / f"{entry.name}-{os.urandom(4).hex()}")
+
+
+def hash_files(folder: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by its relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+
+    def digest(file: pathlib.Path) -> str:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
+        return {
+            str(file.relative_to(folder)): found for file, found in zip(files, pool.map(digest, files), strict=True)
+        }
+
+
+def verify(path: pathlib.Path, step: int) -> str | None:
+    """Why a step is not to be trusted; None where every file is as its manifest says."""
+    try:
+        expected = json.loads((path / _MANIFESTS / f"{step}.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return "its save was not finished"
+    found = hash_files(path / str(step))
+    if missing := sorted(expected.keys() - found.keys()):
+        return f"{len(missing)} of its files are missing, {missing[0]} among them"
+    changed = sorted(name for name, digest in found.items() if expected.get(name) != digest)
+    if changed or not expected:
+        return f"{len(changed)} of its files have changed, {changed[0]} among them" if changed else "it is empty"
+    return None
+
+
+def latest_step(path: pathlib.Path) -> int | None:
+    """The latest step with a manifest, without verifying it; None where there is none."""
+    steps = [step for step in listed_steps(path) if (path / _MANIFESTS / f"{step}.json").is_file()]
+    return max(steps, default=None)

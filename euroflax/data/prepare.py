@@ -1,0 +1,333 @@
+"""Preparation: from text files to a tokenizer and token stores in the cache, once for all runs that need the same."""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+
+from euroflax.data import documents, tokenizer
+from euroflax.data.store import Store, StoreWriter, open_store
+from euroflax.data.tokenize import ALL, HELD_OUT, TRAIN, Tokenize, TokenizingPool
+from euroflax.data.tokenizer import Tokenizer
+from euroflax.experiment import Experiment, ExperimentError, Source, fingerprint
+from euroflax.folders import Folders, make_folder, replace_file, replace_json
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, the bytes done and the bytes in all."""
+
+_LINES_TO_JUDGE_BY = 10_000
+
+
+class NotPrepared(ExperimentError):
+    """A store or tokenizer is not in the cache."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__(f"{part} is not prepared; run the verb prepare first")
+        self.part = part
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What an experiment reads, ready on disk."""
+
+    tokenizer: Tokenizer
+    tokenizer_path: pathlib.Path
+    train: tuple[tuple[Source, Store], ...]
+    """Each source of `data.sources` with its store, held-out documents left out."""
+    evaluation: tuple[tuple[Source, Store], ...]
+    """Each source that is evaluated on: the held-out shares, then `evaluation.sources`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One store to be: a source, and which of its documents."""
+
+    source: Source
+    split: str
+    files: list[pathlib.Path]
+    key: str
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the files as they lie on disk."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+def prepare(experiment: Experiment, folders: Folders, progress: Progress = lambda *_: None) -> Prepared:
+    """Makes the tokenizer and the stores that are missing, and opens all.
+
+    Work is spread over processes; a store appears under its name only when it is whole, and nothing is made twice.
+
+    Raises:
+        ExperimentError: a source has no files, no documents or too many unreadable lines, or the vocabulary
+            cannot be filled.
+    """
+    make_folder(folders.cache_dir, "--cache-dir")
+    digests = _digests(experiment, folders, progress)
+    _check_held_out(experiment, digests)
+    path = _tokenizer_path(experiment, folders, digests)
+    if not path.is_file() and experiment.data.tokenizer.path is None:
+        _train_tokenizer(experiment, path, digests, progress)
+    known = _checked_tokenizer(experiment, path)
+    missing = [part for part in _parts(experiment, known, digests) if _find(folders, part) is None]
+    if missing:
+        _make_stores(experiment, folders, path, missing, progress)
+    return open_prepared(experiment, folders)
+
+
+def open_prepared(experiment: Experiment, folders: Folders) -> Prepared:
+    """Opens what `prepare` made.
+
+    Raises:
+        NotPrepared: something is missing.
+    """
+    digests = _digests(experiment, folders, lambda *_: None)
+    path = _tokenizer_path(experiment, folders, digests)
+    if not path.is_file() and experiment.data.tokenizer.path is None:
+        raise NotPrepared("data.tokenizer")
+    known = _checked_tokenizer(experiment, path)
+    train, evaluation = [], []
+    for part in _parts(experiment, known, digests):
+        store = _find(folders, part)
+        if store is None:
+            raise NotPrepared(f"source {part.source.name}")
+        _check_bad_lines(experiment, folders, part, store.manifest["bad_lines"], store.manifest["lines"])
+        (train if part.split == TRAIN else evaluation).append((part.source, store))
+    return Prepared(known, path, tuple(train), tuple(evaluation))
+
+
+def _parts(experiment: Experiment, known: Tokenizer, digests: dict[str, list]) -> Iterator[_Part]:
+    for split, sources in (
+        (TRAIN, experiment.data.sources),
+        (HELD_OUT, [source for source in experiment.data.sources if source.holdout_fraction]),
+        (ALL, experiment.evaluation.sources),
+    ):
+        for source in sources:
+            files = digests[source.path]
+            fields = (source.text_field, source.id_field, source.provider_field, source.licence_field)
+            share = source.holdout_fraction if split != ALL else 0.0
+            key = fingerprint([known.fingerprint, known.vocab_size, split, share, fields, [d for _, d in files]])
+            yield _Part(source, split, [pathlib.Path(name) for name, _ in files], key)
+
+
+def _store_path(folders: Folders, part: _Part) -> pathlib.Path:
+    return folders.cache_dir / "stores" / part.key
+
+
+def _find(folders: Folders, part: _Part) -> Store | None:
+    return open_store(_store_path(folders, part))
+
+
+def _digests(experiment: Experiment, folders: Folders, progress: Progress) -> dict[str, list]:
+    """For each source path the `[file, sha256]` of its files; a file is read again only when it changed."""
+    found = {}
+    sources = experiment.data.sources + experiment.evaluation.sources
+    for source in {source.path: source for source in sources}.values():
+        record_path = folders.cache_dir / "fingerprints" / fingerprint([str(folders.data_root.resolve()), source.path])
+        try:
+            known = {row["file"]: row for row in json.loads(record_path.read_bytes())}
+        except (OSError, ValueError):
+            known = {}
+        try:
+            files = documents.find_files(source, folders.data_root)
+        except ExperimentError:
+            if not known:
+                raise
+            files = None  # prepared earlier, on a machine that had the text
+        rows = list(known.values()) if files is None else _digest_files(files, known, source, progress)
+        if rows != list(known.values()):
+            record_path.parent.mkdir(parents=True, exist_ok=True)
+            replace_json(record_path, rows)
+        found[source.path] = [(row["file"], row["sha256"]) for row in rows]
+    return found
+
+
+def _check_held_out(experiment: Experiment, digests: dict[str, list]) -> None:
+    """Refuses to evaluate on a file that is trained on too, or to hold out of it in two ways."""
+    trained: dict[str, str] = {}
+    shares: dict[str, tuple] = {}
+    for source in experiment.data.sources:
+        for name, digest in digests[source.path]:
+            share = (source.holdout_fraction, source.id_field if source.holdout_fraction else None)
+            if shares.setdefault(digest, share) != share:
+                raise ExperimentError(
+                    f"sources {trained[digest]} and {source.name} both read {pathlib.Path(name).name} and hold out "
+                    "different shares of it; give both the same holdout_fraction and id_field"
+                )
+            trained[digest] = source.name
+    for source in experiment.evaluation.sources:
+        for name, digest in digests[source.path]:
+            if digest in trained:
+                raise ExperimentError(
+                    f"evaluation source {source.name}: file {pathlib.Path(name).name} is also trained on, in source "
+                    f"{trained[digest]}; take it out of one, or use holdout_fraction"
+                )
+
+
+def _digest_files(files: list[pathlib.Path], known: dict, source: Source, progress: Progress) -> list[dict]:
+    def digest(file: pathlib.Path) -> dict:
+        try:
+            stat = file.stat()
+            row = {"file": str(file), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+            old = known.get(str(file))
+            if old and row == {key: old[key] for key in row}:
+                return old
+            with open(file, "rb") as opened:
+                return row | {"sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+        except OSError as error:
+            raise ExperimentError(
+                f"source {source.name}: file {file} cannot be read ({error.strerror}); check its permissions"
+            ) from error
+
+    total, done, rows = len(files), 0, []
+    with concurrent.futures.ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for row in pool.map(digest, files):
+            done += 1
+            rows.append(row)
+            if total > 1:
+                progress(f"fingerprint {source.name}", done, total)
+    return rows
+
+
+def _tokenizer_path(experiment: Experiment, folders: Folders, digests: dict[str, list]) -> pathlib.Path:
+    declared = experiment.data.tokenizer
+    if declared.path is not None:
+        return folders.data_root / declared.path
+    asked = [
+        (
+            source.language,
+            source.text_field,
+            source.id_field,
+            source.holdout_fraction,
+            [d for _, d in digests[source.path]],
+        )
+        for source in experiment.data.sources
+    ]
+    key = fingerprint([1, experiment.model.vocab_size, declared.sample_bytes, asked])
+    return folders.cache_dir / "tokenizers" / key / "tokenizer.json"
+
+
+def _train_tokenizer(experiment: Experiment, path: pathlib.Path, digests: dict[str, list], progress: Progress) -> None:
+    files = {source.name: [pathlib.Path(f) for f, _ in digests[source.path]] for source in experiment.data.sources}
+    total = experiment.data.tokenizer.sample_bytes
+    total = min(total, sum(file.stat().st_size * 8 for names in files.values() for file in names))
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        progress("tokenizer", done, max(total, done))
+
+    text = tokenizer.train(experiment, files, advance)
+    progress("tokenizer", done, done)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, text)
+
+
+def _checked_tokenizer(experiment: Experiment, path: pathlib.Path) -> Tokenizer:
+    known = tokenizer.read(path)
+    if known.vocab_size > experiment.model.vocab_size:
+        raise ExperimentError(
+            f"model.vocab_size={experiment.model.vocab_size} is less than the {known.vocab_size} entries of "
+            f"data.tokenizer.path={path}; use {known.vocab_size} or more"
+        )
+    return known
+
+
+def _make_stores(
+    experiment: Experiment, folders: Folders, tokenizer_path: pathlib.Path, parts: list[_Part], progress: Progress
+) -> None:
+    total = sum(part.file_bytes for part in parts)
+    done = 0
+    with contextlib.closing(TokenizingPool(tokenizer_path)) as pool:
+        for part in parts:
+
+            def advance(size: int, part: _Part = part, before: int = done) -> None:
+                progress(f"tokens {part.source.name}", before + size, total)
+
+            _make_store(experiment, folders, part, pool, advance)
+            done += part.file_bytes
+            advance(part.file_bytes)
+
+
+def _make_store(
+    experiment: Experiment, folders: Folders, part: _Part, pool: TokenizingPool, advance: Callable[[int], None]
+) -> None:
+    final = _store_path(folders, part)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(final.with_suffix(".lock")):
+        if open_store(final) is not None:
+            return
+        shutil.rmtree(final, ignore_errors=True)
+        partial = final.with_suffix(".partial")
+        try:
+            with contextlib.closing(StoreWriter(partial, experiment.model.vocab_size)) as writer:
+                bad, lines = _write_documents(experiment, folders, part, pool.tokenize, writer, advance)
+                if not writer.documents and part.split != HELD_OUT:
+                    where = f"source {part.source.name}: path={part.source.path}"
+                    raise ExperimentError(f"{where} holds no document; give it text")
+                files = [file.name for file in part.files]
+                writer.finish({"split": part.split, "files": files, "bad_lines": bad, "lines": lines})
+            partial.replace(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    """Holds a lock that the kernel lets go when the process ends, however it ends."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _quarantine_path(folders: Folders, part: _Part) -> pathlib.Path:
+    return folders.cache_dir / "quarantine" / f"{part.source.name}-{part.split}-{part.key}.jsonl"
+
+
+def _write_documents(
+    experiment: Experiment,
+    folders: Folders,
+    part: _Part,
+    tokenize: Tokenize,
+    writer: StoreWriter,
+    advance: Callable[[int], None],
+) -> tuple[dict[str, int], int]:
+    """Tokenizes and appends in order; returns unreadable lines by reason, and all lines."""
+    reasons: collections.Counter[str] = collections.Counter()
+    lines = before = 0
+    path = _quarantine_path(folders, part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as quarantine:
+        for file in part.files:
+            for found in tokenize(documents.read_raw(file, part.source), part.source, part.split):
+                writer.append(found.tokens, found.rows, found.lengths)
+                lines += found.lines
+                for line in found.bad:
+                    reasons[line.reason] += 1
+                    quarantine.write(json.dumps(dataclasses.asdict(line), ensure_ascii=False) + "\n")
+                advance(before + found.bytes_read)
+                if lines >= _LINES_TO_JUDGE_BY and 2 * sum(reasons.values()) > lines:
+                    _check_bad_lines(experiment, folders, part, reasons, lines)
+            before += file.stat().st_size
+    _check_bad_lines(experiment, folders, part, reasons, lines)
+    if not reasons:
+        path.unlink()
+    return dict(sorted(reasons.items())), lines
+
+
+def _check_bad_lines(experiment: Experiment, folders: Folders, part: _Part, bad: Mapping[str, int], lines: int) -> None:
+    count, bound = sum(bad.values()), experiment.data.bad_line_fraction
+    if count > bound * lines:
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in sorted(bad.items()))
+        raise ExperimentError(
+            f"source {part.source.name}: {count} of {lines} lines hold no document ({reasons}), over "
+            f"data.bad_line_fraction={bound}; see {_quarantine_path(folders, part)}, then mend them or raise the bound"
+        )

@@ -1,0 +1,120 @@
+"""Bits per byte of held-out text, for each language.
+
+Nats of every text token of a document, over ln 2 x the document's UTF-8 bytes. A document is read in windows of the
+sequence length without overlap, each beginning with the beginning-of-document token; the end-of-document token is not
+counted. A language's figure is the sum of its nats over the sum of its bytes; `mean` is the plain mean of those.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from euroflax import model
+from euroflax.data.loader import empty_batch
+from euroflax.data.prepare import Prepared
+from euroflax.experiment import Experiment, Model
+from euroflax.languages import fold
+from euroflax.sharding import local_rows, place_batch
+
+
+def bits_per_byte(
+    declared: Experiment,
+    prepared: Prepared,
+    params: dict,
+    mesh: jax.sharding.Mesh,
+    proceed: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """`{"bits_per_byte.<code>": ..., "bits_per_byte.mean": ...}`; empty where nothing is held out.
+
+    Args:
+        declared: the experiment.
+        prepared: its stores.
+        params: parameters, placed on the mesh.
+        mesh: the mesh, entered by the caller.
+        proceed: told the batches done and in all; what it raises ends the evaluation.
+    """
+    codes = declared.language_codes
+    nats, sizes = np.zeros(len(codes)), _bytes_by_language(declared, prepared)
+    if not sizes.any():
+        return {}
+    rows = list(_rows(declared, prepared))
+    batch_rows = declared.batch_rows // declared.training.accumulation_steps
+    mine = local_rows(mesh, batch_rows)
+    total = -(-len(rows) // batch_rows)
+    step = _compiled_step(declared.model, declared.training.loss_chunk_tokens, len(codes))
+    for done in range(total):
+        proceed(done, total)
+        wanted = [done * batch_rows + offset for offset in mine]
+        batch = place_batch(_batch(declared, prepared, rows, wanted), mesh, mine, batch_rows)
+        nats += np.asarray(step(params, batch), np.float64)
+    proceed(total, total)
+    found = {code: nats[i] / (math.log(2) * sizes[i]) for i, code in enumerate(codes) if sizes[i]}
+    figures = {f"bits_per_byte.{code}": float(value) for code, value in found.items()}
+    return figures | {"bits_per_byte.mean": float(np.mean(list(found.values())))}
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled_step(config: Model, chunk_tokens: int, num_languages: int) -> Callable[[dict, dict], jax.Array]:
+    def step(params: dict, batch: dict) -> jax.Array:
+        nats_BL, _ = model.token_losses(config, params, batch, chunk_tokens)
+        return model.sums_by_language(nats_BL * batch["loss_weights_BL"], batch, num_languages)
+
+    return jax.jit(step)
+
+
+def _num_documents(declared: Experiment, num_documents: int) -> int:
+    most = declared.evaluation.max_documents
+    return num_documents if most is None else min(num_documents, most)
+
+
+def _bytes_by_language(declared: Experiment, prepared: Prepared) -> np.ndarray:
+    sizes = np.zeros(len(declared.language_codes))
+    for source, store in prepared.evaluation:
+        count = _num_documents(declared, store.num_documents)
+        language = declared.language_codes.index(fold(source.language) or source.language)
+        sizes[language] += sum(document["bytes"] for document in store.documents(list(range(count))))
+    return sizes
+
+
+Window = tuple[int, int, int]
+"""A piece of a document: number of its store, first and last-plus-one position of its text tokens."""
+
+
+def _rows(declared: Experiment, prepared: Prepared) -> Iterator[list[Window]]:
+    """Windows packed into rows in order: a row is closed when the next window does not fit."""
+    length = declared.data.sequence_length
+    row: list[Window] = []
+    filled = 0
+    for number, (_, store) in enumerate(prepared.evaluation):
+        for index in range(_num_documents(declared, store.num_documents)):
+            start, stop = store.document(index)
+            for first in range(start + 1, stop - 1, length):
+                last = min(first + length, stop - 1)
+                if filled + last - first > length:
+                    yield row
+                    row, filled = [], 0
+                row.append((number, first, last))
+                filled += last - first
+    if row:
+        yield row
+
+
+def _batch(declared: Experiment, prepared: Prepared, rows: list[list[Window]], wanted: list[int]) -> dict:
+    batch = empty_batch(len(wanted), declared.data.sequence_length, prepared.tokenizer.pad)
+    for at, index in enumerate(wanted):
+        place = 0
+        for segment, (number, first, last) in enumerate(rows[index] if index < len(rows) else [], start=1):
+            source, store = prepared.evaluation[number]
+            text = store.read(first, last)
+            part = (at, slice(place, place + len(text)))
+            batch["tokens_BL"][part] = [prepared.tokenizer.bos, *text[:-1]]
+            batch["targets_BL"][part] = text
+            batch["loss_weights_BL"][part] = 1
+            batch["segment_ids_BL"][part] = segment
+            batch["positions_BL"][part] = np.arange(len(text))
+            batch["language_ids_BL"][part] = declared.language_codes.index(fold(source.language) or source.language)
+            place += len(text)
+    return batch

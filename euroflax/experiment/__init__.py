@@ -1,0 +1,46 @@
+"""What a run is: the dataclasses of an experiment, their rules, and their way from a file and to JSON.
+
+Only the standard library is used here, so that an experiment can be read and checked anywhere in no time.
+"""
+
+from euroflax.experiment.codec import from_json, override, to_json
+from euroflax.experiment.errors import ExperimentError, Interrupted, RunFailed
+from euroflax.experiment.loading import load
+from euroflax.experiment.schema import (
+    Checkpoint,
+    Data,
+    Evaluation,
+    Experiment,
+    Mesh,
+    Mixture,
+    Model,
+    Schedule,
+    Source,
+    Tokenizer,
+    Training,
+    fingerprint,
+)
+from euroflax.experiment.validation import validate
+
+__all__ = [
+    "Checkpoint",
+    "Data",
+    "Evaluation",
+    "Experiment",
+    "ExperimentError",
+    "Interrupted",
+    "Mesh",
+    "Mixture",
+    "Model",
+    "RunFailed",
+    "Schedule",
+    "Source",
+    "Tokenizer",
+    "Training",
+    "fingerprint",
+    "from_json",
+    "load",
+    "override",
+    "to_json",
+    "validate",
+]

@@ -1,0 +1,252 @@
+"""The dataclasses that make up an experiment: frozen, keyword-only, complete before anything starts."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Literal
+
+from euroflax import languages
+
+Origin = Literal["public", "licensed", "crawled", "user", "synthetic", "unknown"]
+OptOut = Literal["honoured", "not applicable", "not honoured", "unknown"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A body of text in one language, with what must be known of where it comes from."""
+
+    name: str
+    """A name of its own within the experiment."""
+    language: str
+    """Language code; aliases such as ekk or lvs are folded."""
+    path: str
+    """A file, a folder of files or a pattern with * below the data root; `sample:FILE` is the embedded text."""
+    licence: str
+    """The licence of the text, or unknown."""
+    provider: str
+    """Who gave the text, or unknown."""
+    origin: Origin
+    """How the text came to be in the source."""
+    opt_out: OptOut
+    """What became of the opt-outs of rights holders."""
+    generator: str | None = None
+    """The model that wrote the text; stated for synthetic text, and for nothing else."""
+    text_field: str = "text"
+    """The field that holds the text; a dot reaches into nested fields."""
+    id_field: str | None = "id"
+    """The field that holds the document's id; None names documents by file and line."""
+    provider_field: str | None = None
+    """The field that holds the provider, where it varies by document."""
+    licence_field: str | None = None
+    """The field that holds the licence, where it varies by document."""
+    holdout_fraction: float = 0.0
+    """The share of documents, chosen by a hash of their id, that is evaluated on and never trained on."""
+    expected_bytes: int | None = None
+    """Declared size of the text in UTF-8 bytes, for a plan before the data is there."""
+    expected_tokens: int | None = None
+    """Declared size in tokens, for a plan before the data is there."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """How much of each source a run reads."""
+
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Share of each source by its name, summing to 1; empty means in proportion to their sizes."""
+    unit: Literal["bytes", "tokens"] = "bytes"
+    """What the shares are shares of. In bytes, a poor tokenizer does not buy a language more text."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """A byte-level BPE: trained for the experiment with `model.vocab_size` entries, or read from a file."""
+
+    path: str | None = None
+    """A tokenizer.json below the data root, used as it is; None trains one on the sources."""
+    sample_bytes: int = 1_000_000_000
+    """Bytes of text on which one is trained, the same number from each language."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is read, and in which rows."""
+
+    sources: tuple[Source, ...]
+    """The text that is trained on."""
+    mixture: Mixture = Mixture()
+    """How much of each source is read."""
+    tokenizer: Tokenizer = Tokenizer()
+    """How text becomes tokens."""
+    sequence_length: int
+    """Tokens in a row, that is, in one training sequence."""
+    bad_line_fraction: float = 0.001
+    """Unreadable lines are set aside in a file; a source with a larger share of them stops the run."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+    num_layers: int
+    """Number of transformer layers."""
+    embed_dim: int
+    """Width of the residual stream."""
+    num_heads: int
+    """Number of query heads."""
+    num_kv_heads: int
+    """Number of key and value heads; divides num_heads."""
+    head_dim: int
+    """Width of one head; even, since rotary positions turn pairs."""
+    mlp_dim: int
+    """Width of the gated feed-forward layer."""
+    vocab_size: int
+    """Number of tokens in the vocabulary."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    norm_epsilon: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    qk_norm: bool = False
+    """Whether queries and keys pass an RMSNorm over the head before the rotation."""
+    tied_output: bool = False
+    """Whether the output projection is the transposed embedding."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; projections into the residual stream divide it by sqrt(2 num_layers)."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of activations and matrix products; parameters are float32 always."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again: nothing, all but matrix products, or each whole layer."""
+    layer_loop: Literal["auto", "scan", "unroll"] = "auto"
+    """Layers in a compiled loop or one by one; auto unrolls on CPU and scans elsewhere."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate over tokens: warm-up, then `wsd` (stable, then decay) or `cosine` (decay all the way)."""
+
+    kind: Literal["wsd", "cosine"] = "wsd"
+    """wsd holds the peak until the decay begins; cosine decays from the end of the warm-up."""
+    peak_learning_rate: float
+    """The learning rate after warm-up."""
+    warmup_tokens: int = 0
+    """Tokens over which the rate rises linearly from 0."""
+    decay_tokens: int = 0
+    """Tokens at the end of the run over which wsd decays; unused by cosine."""
+    decay: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    """Shape of the decay of wsd."""
+    final_fraction: float = 0.0
+    """The rate at the end of the run as a fraction of the peak."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """How long, in what batches and by which optimizer."""
+
+    tokens: int
+    """Tokens that the run reads in all: rows times sequence length."""
+    batch_tokens: int
+    """Tokens in one step over all devices; a multiple of the sequence length."""
+    schedule: Schedule
+    """The learning rate."""
+    accumulation_steps: int = 1
+    """Parts into which a batch is cut to save memory; the gradient is that of the whole batch."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment of AdamW."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment of AdamW."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay, on matrices only."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser in the objective; the reported loss is without it."""
+    loss_chunk_tokens: int = 256
+    """Positions of a row whose logits exist at one time."""
+    seed: int = 0
+    """Seeds the parameters and the order of rows."""
+    deterministic: bool = False
+    """On GPU: choose kernels whose results repeat bit by bit. CPU and TPU repeat always."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """How devices are arranged; -1, at most once, stands for what is left."""
+
+    data: int = -1
+    """Devices that hold copies of the parameters and split the batch."""
+    fsdp: int = 1
+    """Devices that split the parameters and the batch."""
+    tensor: int = 1
+    """Devices that split heads, feed-forward width and vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When the state is saved and what is kept."""
+
+    every_steps: int = 500
+    """Steps between two saves; the last step is saved always."""
+    keep_last: int = 2
+    """Number of latest checkpoints to keep; two at least, since the last one may be harmed."""
+    keep_every_steps: int | None = None
+    """Checkpoints at multiples of this step count are kept for good."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What bits per byte are measured on, besides the held-out share of each source."""
+
+    sources: tuple[Source, ...] = ()
+    """Text that is evaluated on and not trained on."""
+    every_steps: int = 500
+    """Steps between two evaluations; the untrained and the finished model are evaluated always."""
+    max_documents: int | None = 1000
+    """Documents read of each source, its first ones; None reads all."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A pretraining run as one value."""
+
+    name: str = ""
+    """Name of the run and of its folder; the stem of the file where none is given."""
+    model: Model
+    """The network."""
+    data: Data
+    """What it reads."""
+    training: Training
+    """How it is trained."""
+    mesh: Mesh = Mesh()
+    """How devices are arranged."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When it is saved."""
+    evaluation: Evaluation = Evaluation()
+    """What it is measured on."""
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows in one step over all devices."""
+        return self.training.batch_tokens // self.data.sequence_length
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of the whole run: `training.tokens` rounded up to whole rows."""
+        return -(-self.training.tokens // self.data.sequence_length)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of an uninterrupted run; the last batch may be cut short and masked."""
+        return -(-self.total_rows // self.batch_rows)
+
+    @property
+    def language_codes(self) -> tuple[str, ...]:
+        """The languages trained or evaluated on, sorted; a position in this tuple is a language id."""
+        sources = self.data.sources + self.evaluation.sources
+        return tuple(sorted({languages.fold(s.language) or s.language for s in sources}))
+
+
+def fingerprint(value: object) -> str:
+    """A short hash of a value that JSON can hold, the same on every machine."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,220 @@
+"""What can be known to be wrong from an experiment's values alone, on any machine and without a device."""
+
+import collections
+import math
+import re
+from collections.abc import Iterator
+
+from euroflax import languages
+from euroflax.experiment.codec import decode, shown
+from euroflax.experiment.schema import Experiment, Source
+
+NUM_SPECIAL_TOKENS = 3
+_BYTE_VOCABULARY = 256 + NUM_SPECIAL_TOKENS
+_MAX_ROWS = 2**32 - 1
+_MAX_SEED = 2**31 - 1
+
+
+def check_types(experiment: Experiment) -> list[str]:
+    """The faults of fields that hold another type than they declare."""
+    faults: list[str] = []
+    decode(Experiment, experiment, "", faults)
+    return faults
+
+
+def validate(experiment: Experiment) -> list[str]:
+    """All faults of an experiment's values: each names field, value, rule and fix. Empty where there are none."""
+    faults = check_types(experiment)
+    if faults:
+        return faults
+    for rules in (_sizes, _sources, _mixture, _training, _schedule, _mesh):
+        faults.extend(rules(experiment))
+    return faults
+
+
+def _at_least(field: str, value: float, least: float) -> Iterator[str]:
+    if not value >= least or not math.isfinite(value):
+        yield f"{field}={value} is less than {least} or not finite; use {least} or more"
+
+
+def _sizes(experiment: Experiment) -> Iterator[str]:
+    model = experiment.model
+    if not re.fullmatch(r"[\w.+-]*", experiment.name) or experiment.name.startswith("."):
+        yield f"name={shown(experiment.name)} is no folder name; use letters, digits, and - _ . +"
+    for field in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
+        yield from _at_least(f"model.{field}", getattr(model, field), 1)
+    if model.num_kv_heads > 0 and model.num_heads % model.num_kv_heads:
+        yield (
+            f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; "
+            f"use one of {_divisors(model.num_heads)}"
+        )
+    if model.head_dim % 2:
+        yield f"model.head_dim={model.head_dim} is odd and rotary positions turn pairs; use {model.head_dim + 1}"
+    if model.vocab_size < _BYTE_VOCABULARY:
+        yield (
+            f"model.vocab_size={model.vocab_size} cannot hold 256 bytes and {NUM_SPECIAL_TOKENS} special tokens; "
+            f"use {_BYTE_VOCABULARY} or more"
+        )
+    for field in ("rope_theta", "norm_epsilon", "init_std"):
+        if not 0 < getattr(model, field) < math.inf:
+            yield f"model.{field}={getattr(model, field)} is not a positive number; use its default"
+    yield from _at_least("data.sequence_length", experiment.data.sequence_length, 2)
+    yield from _at_least("data.tokenizer.sample_bytes", experiment.data.tokenizer.sample_bytes, 1)
+    if not 0 <= experiment.data.bad_line_fraction <= 1:
+        yield f"data.bad_line_fraction={experiment.data.bad_line_fraction} is not a fraction; use 0 to 1"
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+def _sources(experiment: Experiment) -> Iterator[str]:
+    groups = (("data.sources", experiment.data.sources), ("evaluation.sources", experiment.evaluation.sources))
+    for group, sources in groups:
+        counts = collections.Counter(source.name for source in sources)
+        for name, count in counts.items():
+            if count > 1:
+                yield f"{group} has {count} sources named {name}; give each a name of its own"
+        for i, source in enumerate(sources):
+            yield from _source(f"{group}[{i}]", source)
+    if not experiment.data.sources:
+        yield "data.sources=() names no source; give at least one"
+    for i, source in enumerate(experiment.evaluation.sources):
+        if source.holdout_fraction:
+            yield (
+                f"evaluation.sources[{i}].holdout_fraction={source.holdout_fraction} has no meaning, "
+                "since all of it is evaluated on; leave it out"
+            )
+
+
+def _source(path: str, source: Source) -> Iterator[str]:
+    if not re.fullmatch(r"[\w.+-]+", source.name):
+        yield f"{path}.name={shown(source.name)} is no file name; use letters, digits, and - _ . +"
+    if languages.fold(source.language) is None:
+        close = ", ".join(languages.neighbours(source.language)) or "listed in euroflax/languages.py"
+        yield f"{path}.language={shown(source.language)} is not a known language; the nearest are {close}"
+    for field in ("path", "licence", "provider"):
+        if not getattr(source, field).strip():
+            yield f"{path}.{field}= is empty; state it{'' if field == 'path' else ', or write unknown'}"
+    if (source.origin == "synthetic") != (source.generator is not None):
+        rule = "needs a generator" if source.origin == "synthetic" else "has a generator, which only synthetic text has"
+        fix = "name the model that wrote it" if source.origin == "synthetic" else "leave generator out"
+        yield f"{path}.origin={source.origin} {rule}; {fix}"
+    if not 0 <= source.holdout_fraction < 1:
+        yield f"{path}.holdout_fraction={source.holdout_fraction} is not in [0, 1); use for example 0.01"
+    if source.holdout_fraction and source.id_field is None:
+        yield f"{path}.id_field=None leaves nothing to hold documents out by; name the field of the document id"
+    for field in ("expected_bytes", "expected_tokens"):
+        if getattr(source, field) is not None:
+            yield from _at_least(f"{path}.{field}", getattr(source, field), 1)
+
+
+def _mixture(experiment: Experiment) -> Iterator[str]:
+    weights = experiment.data.mixture.weights
+    if not weights:
+        return
+    names = [source.name for source in experiment.data.sources]
+    for name in weights.keys() - set(names):
+        yield f"data.mixture.weights[{name}]={weights[name]} names no source; name one of data.sources"
+    if without := [name for name in names if name not in weights]:
+        listed = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
+        yield f"data.mixture.weights has no share for {listed}; give each a share, or take the source out"
+    for name, weight in weights.items():
+        if not 0 < weight < math.inf:
+            yield f"data.mixture.weights[{name}]={weight} is not positive; give a share, or take the source out"
+    total = math.fsum(weights.values())
+    if not abs(total - 1) <= 1e-6:
+        offer = ", ".join(f"{name}: {weight / total:.6g}" for name, weight in list(weights.items())[:4] if total > 0)
+        dots = ", ..." if len(weights) > 4 else ""
+        yield f"data.mixture.weights sum to {total:.9g}, not 1; rescaled they are {{{offer}{dots}}}"
+
+
+def _training(experiment: Experiment) -> Iterator[str]:
+    training, length = experiment.training, experiment.data.sequence_length
+    positive = ("tokens", "batch_tokens", "accumulation_steps", "loss_chunk_tokens")
+    for field in positive:
+        yield from _at_least(f"training.{field}", getattr(training, field), 1)
+    for field in ("weight_decay", "z_loss", "seed"):
+        yield from _at_least(f"training.{field}", getattr(training, field), 0)
+    for field in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(training, field) < 1:
+            yield f"training.{field}={getattr(training, field)} is not in [0, 1); use its default"
+    for field in ("clip_norm", "adam_epsilon"):
+        if not 0 < getattr(training, field) < math.inf:
+            yield f"training.{field}={getattr(training, field)} is not a positive number; use its default"
+    if min(length, *(getattr(training, field) for field in positive)) < 1:
+        return
+    if training.batch_tokens % length:
+        lower = training.batch_tokens // length * length
+        fits = " or ".join(str(size) for size in (lower, lower + length) if size)
+        yield (
+            f"training.batch_tokens={training.batch_tokens} is not a multiple of "
+            f"data.sequence_length={length}; use {fits}"
+        )
+    elif experiment.batch_rows % training.accumulation_steps:
+        yield (
+            f"training.accumulation_steps={training.accumulation_steps} does not divide the "
+            f"{experiment.batch_rows} rows of a batch; use one of {_divisors(experiment.batch_rows)}"
+        )
+    if experiment.total_rows > _MAX_ROWS:
+        yield f"training.tokens={training.tokens} is more than {_MAX_ROWS} rows; use {_MAX_ROWS * length} or less"
+    checkpoint, evaluation = experiment.checkpoint, experiment.evaluation
+    yield from _at_least("checkpoint.every_steps", checkpoint.every_steps, 1)
+    yield from _at_least("checkpoint.keep_last", checkpoint.keep_last, 1)
+    yield from _at_least("evaluation.every_steps", evaluation.every_steps, 1)
+    if checkpoint.keep_every_steps is not None:
+        yield from _at_least("checkpoint.keep_every_steps", checkpoint.keep_every_steps, 1)
+    if evaluation.max_documents is not None:
+        yield from _at_least("evaluation.max_documents", evaluation.max_documents, 1)
+
+
+def _schedule(experiment: Experiment) -> Iterator[str]:
+    schedule, tokens, seed = experiment.training.schedule, experiment.training.tokens, experiment.training.seed
+    if seed > _MAX_SEED:
+        yield f"training.seed={seed} is too large; use {_MAX_SEED} or less"
+    for field in ("warmup_tokens", "decay_tokens"):
+        yield from _at_least(f"training.schedule.{field}", getattr(schedule, field), 0)
+    if not 0 < schedule.peak_learning_rate < math.inf:
+        yield f"training.schedule.peak_learning_rate={schedule.peak_learning_rate} is not positive; use 3e-4 or so"
+    if not 0 <= schedule.final_fraction <= 1:
+        yield f"training.schedule.final_fraction={schedule.final_fraction} is not a fraction; use 0 to 1"
+    if schedule.warmup_tokens + schedule.decay_tokens > tokens:
+        yield (
+            f"training.schedule.warmup_tokens={schedule.warmup_tokens} and decay_tokens={schedule.decay_tokens} "
+            f"together exceed training.tokens={tokens}; shorten one of them"
+        )
+    if schedule.kind == "cosine" and schedule.decay_tokens:
+        yield (
+            f"training.schedule.decay_tokens={schedule.decay_tokens} is not used by kind=cosine, which decays "
+            "from the warm-up to the end; leave it out"
+        )
+
+
+def _mesh(experiment: Experiment) -> Iterator[str]:
+    mesh, model = experiment.mesh, experiment.model
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            yield f"mesh.{axis}={size} is no number of devices; use 1 or more, or -1 for what is left"
+    if list(sizes.values()).count(-1) > 1:
+        yield f"mesh={sizes} has more than one -1; give all sizes but one"
+    divided = {
+        "tensor": ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"),
+        "fsdp": ("embed_dim",),
+    }
+    for axis, fields in divided.items():
+        for field in fields:
+            value, size = getattr(model, field), sizes[axis]
+            if size > 1 and value % size:
+                yield (
+                    f"model.{field}={value} does not divide over mesh.{axis}={size}; "
+                    f"use a mesh.{axis} that divides {value}"
+                )
+    ways = mesh.data * mesh.fsdp * experiment.training.accumulation_steps
+    length = experiment.data.sequence_length
+    if min(mesh.data, mesh.fsdp, length, ways) > 0 and experiment.batch_rows % ways:
+        nearest = -(-experiment.batch_rows // ways) * ways * length
+        yield (
+            f"training.batch_tokens={experiment.training.batch_tokens} is {experiment.batch_rows} rows and does not "
+            f"divide over mesh.data x mesh.fsdp x accumulation_steps = {ways}; use {nearest}"
+        )

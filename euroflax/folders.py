@@ -1,0 +1,63 @@
+"""Where things lie on disk, and how a file is replaced so that no reader ever sees half of it."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+from euroflax.experiment import ExperimentError
+
+
+def _default_cache() -> pathlib.Path:
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(os.environ.get("EUROFLAX_CACHE") or pathlib.Path(base) / "euroflax")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Folders:
+    """The three folders that a command works with; none of them is part of an experiment."""
+
+    data_root: pathlib.Path = dataclasses.field(
+        default_factory=lambda: pathlib.Path(os.environ.get("EUROFLAX_DATA") or ".")
+    )
+    """Where relative source paths start."""
+    cache_dir: pathlib.Path = dataclasses.field(default_factory=_default_cache)
+    """Token stores, tokenizers and compiled programs: content-addressed, shared by runs."""
+    runs_dir: pathlib.Path = pathlib.Path("runs")
+    """Where run folders are made."""
+
+    def run_dir(self, name: str) -> pathlib.Path:
+        """The folder of the run of this name."""
+        return self.runs_dir / name
+
+
+def make_folder(path: pathlib.Path, option: str) -> pathlib.Path:
+    """Makes a folder that can be written to.
+
+    Raises:
+        ExperimentError: it cannot be made or written to; `option` names what the user may change.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ExperimentError(f"{option}={path} cannot be written ({error.strerror}); name another folder") from error
+    return path
+
+
+def replace_file(path: pathlib.Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all: into a neighbour, to the disk, then by rename."""
+    data = content.encode() if isinstance(content, str) else content
+    neighbour = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(neighbour, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    neighbour.replace(path)
+
+
+def replace_json(path: pathlib.Path, value: object) -> None:
+    """Writes a value as indented JSON, whole or not at all."""
+    replace_file(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,89 @@
+"""The decoder as pure functions: `init(config, key) -> params`, `apply(config, params, batch) -> logits`.
+
+`params` is a tree of float32 arrays named by their dimensions; those below `layers` are stacked over the layers.
+"""
+
+import functools
+import operator
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from euroflax.experiment import Model
+from euroflax.model.layers import Layer, rms_norm
+from euroflax.sharding import constrain
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def init(config: Model, key: PRNGKeyArray) -> dict:
+    """Initial parameters: normal with `init_std`, norms at one.
+
+    Returns:
+        `embedding_VD`, `final_norm_D`, `output_DV` where the output is not tied, and `layers` with a leading N.
+    """
+    embedding_key, output_key, layers_key = jax.random.split(key, 3)
+    shape = (config.vocab_size, config.embed_dim)
+    params = {
+        "embedding_VD": config.init_std * jax.random.normal(embedding_key, shape),
+        "final_norm_D": jnp.ones(config.embed_dim),
+        "layers": jax.vmap(functools.partial(_init_layer, config))(jax.random.split(layers_key, config.num_layers)),
+    }
+    if not config.tied_output:
+        params["output_DV"] = config.init_std * jax.random.normal(output_key, shape[::-1])
+    return params
+
+
+def _init_layer(config: Model, key: PRNGKeyArray) -> dict:
+    x_BLD, zeros_BL = jnp.zeros((1, 2, config.embed_dim)), jnp.zeros((1, 2), jnp.int32)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return dict(Layer(config).init(key, x_BLD, zeros_BL, zeros_BL)["params"])
+
+
+def hidden(config: Model, params: dict, batch: dict) -> Float[Array, "B L D"]:
+    """The normalised last hidden state, in the compute type.
+
+    Args:
+        config: the model.
+        params: as `init` makes them.
+        batch: `tokens_BL`, `segment_ids_BL` and `positions_BL`, int32.
+    """
+    dtype = jnp.dtype(config.compute_dtype)
+    x_BLD = constrain(params["embedding_VD"].astype(dtype)[batch["tokens_BL"]], "BLD")
+
+    def layer(x_BLD: jax.Array, layer_params: dict) -> jax.Array:
+        segments_BL, positions_BL = batch["segment_ids_BL"], batch["positions_BL"]
+        return cast(jax.Array, Layer(config).apply({"params": layer_params}, x_BLD, segments_BL, positions_BL))
+
+    if config.remat != "none":
+        layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[config.remat])
+    if _unrolled(config):
+        for i in range(config.num_layers):
+            x_BLD = layer(x_BLD, jax.tree.map(operator.itemgetter(i), params["layers"]))
+    else:
+        x_BLD, _ = jax.lax.scan(lambda x, layer_params: (layer(x, layer_params), None), x_BLD, params["layers"])
+    return rms_norm(x_BLD, params["final_norm_D"], config.norm_epsilon)
+
+
+def _unrolled(config: Model) -> bool:
+    """Whether layers go one by one: on CPU the compiler makes twice as much of that as of a loop."""
+    if config.layer_loop == "auto":
+        return jax.default_backend() == "cpu" and config.num_layers <= 32
+    return config.layer_loop == "unroll"
+
+
+def project(config: Model, params: dict, hidden_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+    """The logits of hidden states, float32."""
+    kernel_DV = params["embedding_VD"].T if config.tied_output else params["output_DV"]
+    logits_BLV = jnp.einsum("BLD,DV->BLV", hidden_BLD, kernel_DV.astype(hidden_BLD.dtype))
+    return constrain(logits_BLV.astype(jnp.float32), "BLV")
+
+
+def apply(config: Model, params: dict, batch: dict) -> Float[Array, "B L V"]:
+    """The logits of the next token at each position, float32; `hidden` says what `batch` holds."""
+    return project(config, params, hidden(config, params, batch))

@@ -1,0 +1,187 @@
+"""The record of a run on disk: `experiment.json`, `manifest.json` and `metrics.jsonl` of its folder. No jax here."""
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+from collections.abc import Iterable
+from typing import IO
+
+from euroflax.experiment import Experiment, ExperimentError, to_json
+from euroflax.experiment.codec import shown
+from euroflax.folders import make_folder, replace_file, replace_json
+
+_MAY_DIFFER = ("mesh.", "checkpoint.", "evaluation.", "training.batch_tokens", "training.accumulation_steps")
+_MAX_FAULTS = 8
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "tensorstore")
+
+
+class Record:
+    """The folder of a run, held by one job at a time; in a job of several processes only process 0 writes."""
+
+    def __init__(self, path: pathlib.Path, declared: Experiment, writes: bool) -> None:
+        """Opens or makes the folder.
+
+        Raises:
+            ExperimentError: it cannot be written, another process holds it, or it is of another experiment.
+        """
+        self.path, self._declared, self._writes = path, declared, writes
+        self.manifest: dict = {"sessions": []}
+        if writes:
+            make_folder(path, "run folder")
+        earlier = _read_json(path / "experiment.json")
+        if earlier is not None and (faults := differences(earlier, to_json(declared), path)):
+            raise ExperimentError(*faults)
+        if writes:
+            self._lock = self._take_lock()
+        self.manifest = _read_json(path / "manifest.json") or self.manifest
+        self._metrics = path / "metrics.jsonl"
+        self._evaluated: set[int] = set()
+
+    def _take_lock(self) -> IO:
+        lock = open(self.path / "lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise ExperimentError(
+                f"run folder={self.path} is in use by another process; wait for it, or give the run another name"
+            ) from error
+        return lock
+
+    def close(self) -> None:
+        """Lets another process have the folder."""
+        if self._writes:
+            self._lock.close()
+
+    def begin(self, session: dict, data: dict) -> None:
+        """Writes the experiment, and the manifest with a new session.
+
+        Raises:
+            ExperimentError: the data is not what the run began with.
+        """
+        before = self.manifest.get("data", data)
+        changed = [name for name in before["stores"] if data["stores"].get(name) != before["stores"][name]]
+        if before["tokenizer"] != data["tokenizer"]:
+            changed.insert(0, "the tokenizer")
+        if changed:
+            raise ExperimentError(
+                f"run folder={self.path}: {', '.join(changed[:5])} changed since the run began; "
+                "put the data back or start a run of another name"
+            )
+        self.manifest |= {"versions": versions(), "data": data}
+        self.manifest["sessions"].append(
+            {"from": now(), "to": None, "steps": 0, "flops": 0, "energy_joules": None, **session}
+        )
+        if self._writes:
+            replace_json(self.path / "experiment.json", to_json(self._declared))
+            self.write_manifest()
+
+    def write_manifest(self) -> None:
+        """Replaces the manifest with what it is now."""
+        if self._writes:
+            replace_json(self.path / "manifest.json", self.manifest)
+
+    def cut_back(self, step: int) -> None:
+        """Drops metrics of steps after `step`, and a torn last line, so that each step stands once."""
+        if self._writes and self._metrics.is_file():
+            kept = [(line, value) for line, value in _lines(self._metrics) if value["step"] <= step]
+            self._evaluated = {value["step"] for _, value in kept if "eval" in value}
+            replace_file(self._metrics, b"".join(line for line, _ in kept))
+
+    def append(self, values: Iterable[dict]) -> None:
+        """Adds lines to the metrics, on disk when this returns."""
+        if not self._writes:
+            return
+        with open(self._metrics, "ab") as file:
+            for value in values:
+                if "eval" in value:
+                    self._evaluated.add(value["step"])
+                file.write((json.dumps(_finite(value), ensure_ascii=False) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the evaluation after `step` steps is in the metrics."""
+        return step in self._evaluated
+
+
+def _read_json(file: pathlib.Path) -> dict | None:
+    """The object in a file; None where there is no file.
+
+    Raises:
+        ExperimentError: the file holds something else.
+    """
+    try:
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ExperimentError(f"{file} is not a JSON object; restore it, or give the run another name")
+    return value
+
+
+def differences(earlier: dict, later: dict, path: pathlib.Path) -> list[str]:
+    """The faults of resuming a run as another experiment: each field that may not differ and does."""
+    before, after = dict(_leaves(earlier, "")), dict(_leaves(later, ""))
+    faults = []
+    for field in sorted(before.keys() | after.keys()):
+        old, new = before.get(field, "nothing"), after.get(field, "nothing")
+        longer = field == "training.tokens" and isinstance(old, int) and isinstance(new, int) and new >= old
+        if old == new or longer or field.startswith(_MAY_DIFFER):
+            continue
+        faults.append(
+            f"{field}={shown(new)} differs from {shown(old)}, with which run folder {path} began; "
+            "put it back, or give the run another name with --set name=..."
+        )
+    return faults if len(faults) <= _MAX_FAULTS else [*faults[:_MAX_FAULTS], f"{len(faults)} fields differ in all"]
+
+
+def _leaves(value: object, path: str) -> Iterable[tuple[str, object]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else key)
+    elif isinstance(value, list) and value:
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def read_metrics(path: pathlib.Path) -> list[dict]:
+    """The lines of a run's metrics, oldest first; a torn last line is left out."""
+    file = path / "metrics.jsonl"
+    return [value for _, value in _lines(file)] if file.is_file() else []
+
+
+def _lines(file: pathlib.Path) -> Iterable[tuple[bytes, dict]]:
+    for line in file.read_bytes().splitlines(keepends=True):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith(b"\n") and isinstance(value, dict) and "step" in value:
+            yield line, value
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def now() -> str:
+    """The time as ISO 8601 in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what takes part in the result."""
+    installed = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), "euroflax": importlib.metadata.version("euroflax"), **installed}

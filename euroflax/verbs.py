@@ -1,0 +1,185 @@
+"""What can be done with an experiment, as functions: the command line and notebooks call the same ones."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+
+import jax
+
+from euroflax import evaluate as evaluation
+from euroflax import plan as planning
+from euroflax import sharding
+from euroflax.checkpoint import latest_step, restore_latest
+from euroflax.console import SilentDisplay
+from euroflax.data import documents, mixture
+from euroflax.data import prepare as preparation
+from euroflax.data.prepare import Prepared
+from euroflax.experiment import Experiment, ExperimentError
+from euroflax.folders import Folders, make_folder
+from euroflax.train import loop
+from euroflax.train.record import read_metrics
+from euroflax.train.step import abstract_state
+from euroflax.train.stop import Stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that has ended."""
+
+    path: pathlib.Path
+    """Its folder."""
+    params: dict
+    """The parameters, as `euroflax.model.init` makes them."""
+    metrics: list[dict]
+    """The lines of its metrics."""
+
+    @property
+    def bits_per_byte(self) -> dict[str, float]:
+        """The last evaluation: figures by language code, and `mean`."""
+        found = [line["eval"] for line in self.metrics if "eval" in line]
+        return {key.removeprefix("bits_per_byte."): value for key, value in (found[-1] if found else {}).items()}
+
+
+def check(declared: Experiment, folders: Folders) -> dict:
+    """Looks at the files that an experiment needs, without a device: sizes of its sources, folders to write.
+
+    Raises:
+        ExperimentError: with all faults found.
+    """
+    faults: list[str] = []
+    sources = []
+    for source in declared.data.sources + declared.evaluation.sources:
+        try:
+            files = documents.find_files(source, folders.data_root)
+            unreadable = [file for file in files if not os.access(file, os.R_OK)]
+            faults += [
+                f"source {source.name}: file {file} cannot be read; check its permissions" for file in unreadable
+            ]
+            size = sum(file.stat().st_size for file in files)
+            sources.append(
+                {"source": source.name, "language": source.language, "files": len(files), "file_bytes": size}
+            )
+        except ExperimentError as error:
+            faults.extend(error.faults)
+    declared_path = declared.data.tokenizer.path
+    if declared_path is not None and not (folders.data_root / declared_path).is_file():
+        faults.append(
+            f"data.tokenizer.path={declared_path} names no file below --data-root={folders.data_root}; mend one"
+        )
+    for path, option in ((folders.cache_dir, "--cache-dir"), (folders.run_dir(declared.name), "run folder")):
+        try:
+            make_folder(path, option)
+        except ExperimentError as error:
+            faults.extend(error.faults)
+    if faults:
+        raise ExperimentError(*faults)
+    return {"name": declared.name, "sources": sources, "faults": []}
+
+
+def prepare(
+    declared: Experiment, folders: Folders, display: loop.Display | None = None, stop: Stop | None = None
+) -> Prepared:
+    """Makes the tokenizer and the token stores that are missing; in a job of several processes only opens them.
+
+    Raises:
+        ExperimentError: the data is at fault, or not prepared and this is one process of several.
+        Interrupted: it was stopped; the same call goes on.
+    """
+    display, stop = display or SilentDisplay(), stop or Stop()
+
+    def progress(task: str, done: int, total: int) -> None:
+        stop.check()
+        display.progress(task, done, total)
+
+    if jax.process_count() > 1:
+        return preparation.open_prepared(declared, folders)
+    return preparation.prepare(declared, folders, progress)
+
+
+def plan(declared: Experiment, folders: Folders, num_devices: int | None = None) -> planning.Plan:
+    """What the run will be on a number of devices; by default on as many as its mesh needs at least.
+
+    The mixture is that of the stores where they are prepared, otherwise as declared.
+    """
+    if num_devices is None:
+        sizes = (getattr(declared.mesh, axis) for axis in sharding.AXES)
+        num_devices = functools.reduce(lambda product, size: product * max(size, 1), sizes, 1)
+    try:
+        resolved = mixture.resolve(declared, preparation.open_prepared(declared, folders))
+    except ExperimentError:
+        resolved = None
+    return planning.make_plan(declared, num_devices, resolved)
+
+
+def train(
+    declared: Experiment,
+    folders: Folders,
+    display: loop.Display | None = None,
+    stop: Stop | None = None,
+) -> Run:
+    """Prepares what is missing, trains or goes on training, and evaluates.
+
+    Raises:
+        ExperimentError: something in the experiment does not fit the data, the devices or the run folder.
+        Interrupted: it was stopped; the same call goes on.
+        RunFailed: running it again will not help.
+    """
+    display, stop = display or SilentDisplay(), stop or Stop()
+    sharding.make_mesh(declared)
+    make_folder(folders.run_dir(declared.name), "run folder")
+    prepared = prepare(declared, folders, display, stop)
+    display.note(_about_tokenizer(prepared))
+    resolved = mixture.resolve(declared, prepared)
+    for line in planning.lines(planning.make_plan(declared, jax.device_count(), resolved)):
+        display.note(line)
+    run_dir = folders.run_dir(declared.name)
+    params = loop.train(declared, prepared, run_dir, display, stop)
+    return Run(run_dir, params, read_metrics(run_dir))
+
+
+def _about_tokenizer(prepared: Prepared) -> str:
+    """The tokenizer in a line: how many bytes of text a token stands for, at best and at worst."""
+    cost: dict[str, list[int]] = {}
+    for source, store in prepared.train:
+        sizes = cost.setdefault(source.language, [0, 0])
+        sizes[0] += store.num_bytes
+        sizes[1] += store.num_tokens - 2 * store.num_documents
+    rates = sorted((size / max(count, 1), language) for language, (size, count) in cost.items())
+    return (
+        f"tokenizer   {prepared.tokenizer.vocab_size:,} entries over {len(rates)} languages, "
+        f"{rates[0][0]:.2f} ({rates[0][1]}) to {rates[-1][0]:.2f} ({rates[-1][1]}) bytes a token"
+    )
+
+
+def evaluate(
+    declared: Experiment, folders: Folders, display: loop.Display | None = None, stop: Stop | None = None
+) -> dict[str, float]:
+    """Bits per byte of the latest checkpoint of a run on its held-out text, by language, and its `step`.
+
+    Raises:
+        ExperimentError: there is no checkpoint of this experiment, or nothing is held out.
+        Interrupted: it was stopped.
+    """
+    display, stop = display or SilentDisplay(), stop or Stop()
+    run_dir = folders.run_dir(declared.name)
+    if latest_step(run_dir / "checkpoints") is None:
+        raise ExperimentError(f"run folder={run_dir} holds no checkpoint; train first")
+    prepared = prepare(declared, folders, display, stop)
+    mesh = sharding.make_mesh(declared)
+    assert isinstance(mesh, jax.sharding.Mesh)
+
+    def proceed(done: int, total: int) -> None:
+        stop.check()
+        display.progress("evaluate", done, total)
+
+    with jax.set_mesh(mesh):
+        check_facts = functools.partial(loop.check_facts, declared, prepared, run_dir)
+        restored = restore_latest(run_dir / "checkpoints", abstract_state(declared, mesh), check_facts, display.note)
+        if restored is None:
+            raise ExperimentError(f"run folder={run_dir} holds no checkpoint that is whole; train first")
+        state, _ = restored
+        figures = evaluation.bits_per_byte(declared, prepared, state.params, mesh, proceed)
+    if not figures:
+        raise ExperimentError("evaluation.sources=() and no holdout_fraction leave nothing to evaluate on; state one")
+    return {"step": int(state.step), **figures}

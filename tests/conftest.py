@@ -1,0 +1,106 @@
+"""Every test runs on eight simulated devices; experiments are the shipped ones, shrunk."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from euroflax import devices
+from euroflax.experiment import Experiment, Mixture, load, override, to_json
+from euroflax.folders import Folders
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = ROOT / "experiments" / "tiny_eu24.py"
+
+SMALL = {
+    "model.num_layers": 2,
+    "model.embed_dim": 32,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.head_dim": 16,
+    "model.mlp_dim": 64,
+    "model.vocab_size": 512,
+    "model.compute_dtype": "float32",
+    "data.sequence_length": 64,
+    "data.tokenizer.sample_bytes": 1_000_000,
+    "training.batch_tokens": 8 * 64,
+    "training.tokens": 6 * 8 * 64,
+    "training.schedule.warmup_tokens": 512,
+    "training.schedule.decay_tokens": 512,
+    "checkpoint.every_steps": 2,
+    "checkpoint.keep_every_steps": None,
+    "evaluation.every_steps": 3,
+}
+
+
+def small(path: pathlib.Path = TINY, languages: tuple[str, ...] = ("el", "en", "mt"), **changes: object) -> Experiment:
+    """A shipped experiment with the sizes of SMALL and the embedded text in some languages; `a__b` sets `a.b`."""
+    declared = load(path)
+    tiny = load(TINY)
+    sources = tuple(s for s in tiny.data.sources if s.language in languages)
+    held_out = tuple(s for s in tiny.evaluation.sources if s.language in languages)
+    weights = {source.name: 1 / len(sources) for source in sources}
+    declared = dataclasses.replace(
+        declared,
+        data=dataclasses.replace(declared.data, sources=sources, mixture=Mixture(weights=weights)),
+        evaluation=dataclasses.replace(declared.evaluation, sources=held_out),
+    )
+    return override(declared, SMALL | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def write_experiment(path: pathlib.Path, declared: Experiment) -> pathlib.Path:
+    """An experiment file that declares `declared`."""
+    text = json.dumps(to_json(dataclasses.replace(declared, name="")), ensure_ascii=False)
+    path.write_text(
+        f"import json\nfrom euroflax.experiment import from_json\nexperiment = from_json(json.loads({text!r}))\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def start(experiment: pathlib.Path, *arguments: object, **options: object) -> subprocess.Popen:
+    """The command line on an experiment in a process of its own, with its output piped as text."""
+    command = [sys.executable, "-m", "euroflax.run", str(experiment), *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, **options)
+
+
+def run(experiment: pathlib.Path, *arguments: object, **options: object) -> subprocess.CompletedProcess:
+    """The command line on an experiment, to its end."""
+    process = start(experiment, *arguments, **options)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def assert_trees_close(expected: object, found: object, tolerance: float) -> None:
+    """Each leaf differs from its like by at most `tolerance` of its norm."""
+    import jax
+    import numpy as np
+
+    pairs = zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True)
+    for (path, a), b in pairs:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a), jax.tree_util.keystr(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _eight_devices(tmp_path_factory: pytest.TempPathFactory) -> None:
+    import jax
+
+    devices.set_up(small(), "cpu:8", tmp_path_factory.mktemp("compiled"), devices.Processes())
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A cache folder that all tests share, as runs do."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def folders(cache: pathlib.Path, tmp_path: pathlib.Path) -> Folders:
+    """The shared cache, and a runs folder and data root of the test's own."""
+    return Folders(cache_dir=cache, runs_dir=tmp_path / "runs", data_root=tmp_path)

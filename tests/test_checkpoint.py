@@ -1,0 +1,166 @@
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from euroflax import sharding
+from euroflax.checkpoint import Checkpoints, hash_files, latest_step, listed_steps, restore_latest, verify
+from euroflax.experiment import Checkpoint
+from euroflax.train.step import abstract_state, init_state
+from tests.conftest import assert_trees_close, small
+
+DECLARED = small(mesh__fsdp=4, mesh__data=2)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with checkpoints 1 and 2, and the state that they hold."""
+    path = tmp_path_factory.mktemp("saved") / "checkpoints"
+    mesh = sharding.make_mesh(DECLARED)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(DECLARED, mesh))
+    state = jax.jit(lambda: init_state(DECLARED), out_shardings=shardings)()
+    checkpoints = Checkpoints(path, Checkpoint(keep_last=2), pytest.fail)
+    for step in (1, 2):
+        checkpoints.save(step, state, {"step": step})
+    checkpoints.close()
+    return path, jax.device_get(state)
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    path = tmp_path / "checkpoints"
+    shutil.copytree(saved[0], path)
+    return path, saved[1]
+
+
+def opened(path, keep=None):
+    notes = []
+    return Checkpoints(path, keep or Checkpoint(keep_last=2), notes.append), notes
+
+
+def restored(checkpoints, declared=DECLARED):
+    return checkpoints.restore(abstract_state(declared, sharding.make_mesh(declared)), lambda facts: None)
+
+
+def test_what_was_saved_is_restored_bit_by_bit(copied):
+    checkpoints, notes = opened(copied[0])
+    state, facts = restored(checkpoints)
+    assert facts == {"step": 2} and notes == [] and checkpoints.latest == 2
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), copied[1])
+    checkpoints.close()
+
+
+def test_another_mesh_restores_it_onto_its_own_shards(copied):
+    declared = small(mesh__tensor=2, mesh__fsdp=2, mesh__data=2)
+    checkpoints, _ = opened(copied[0])
+    state, _ = restored(checkpoints, declared)
+    assert state.params["layers"]["mlp"]["gate_DF"].addressable_shards[0].data.shape == (2, 16, 32)
+    assert_trees_close(copied[1], jax.device_get(state), 0)
+    checkpoints.close()
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(folder):
+    file = largest(folder)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(folder):
+    file = largest(folder)
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def half_delete(folder):
+    for path in [path for path in sorted(folder.rglob("*")) if path.is_file()][::2]:
+        path.unlink()
+
+
+def forget(folder):
+    (folder.parent / "manifests" / f"{folder.name}.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (flip, "1 of its files have changed"),
+        (cut, "1 of its files have changed"),
+        (half_delete, "of its files are missing"),
+        (forget, "its save was not finished"),
+    ],
+)
+def test_a_harmed_checkpoint_is_passed_over_for_the_one_before(copied, harm, reason):
+    path, expected = copied
+    harm(path / "2")
+    checkpoints, notes = opened(path)
+    assert len(notes) == 1 and notes[0].startswith("checkpoint 2 is passed over: ") and reason in notes[0]
+    aside = [entry.name.split("-")[0] for entry in path.glob("harmed/*")]
+    assert aside == ([] if harm is forget else ["2"])
+    state, facts = restored(checkpoints)
+    assert facts == {"step": 1}
+    assert_trees_close(expected, jax.device_get(state), 0)
+    checkpoints.save(2, state, {"step": "again"})
+    checkpoints.close()
+    assert verify(path, 2) is None and listed_steps(path) and latest_step(path) == 2
+
+
+def test_reading_the_latest_changes_nothing_that_a_running_job_may_own(copied):
+    path, expected = copied
+    flip(path / "2")
+    shutil.copytree(path / "1", path / "3.orbax-checkpoint-tmp")
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    notes = []
+    abstract = abstract_state(DECLARED, sharding.make_mesh(DECLARED))
+    state, facts = restore_latest(path, abstract, lambda facts: None, notes.append)
+    assert facts == {"step": 1} and len(notes) == 1
+    assert_trees_close(expected, jax.device_get(state), 0)
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
+
+
+def test_nothing_good_is_nothing(copied):
+    flip(copied[0] / "1")
+    forget(copied[0] / "2")
+    checkpoints, notes = opened(copied[0])
+    assert checkpoints.latest is None and len(notes) == 2 and listed_steps(copied[0]) == []
+    checkpoints.close()
+
+
+def test_a_save_that_died_midway_leaves_nothing_in_the_way(copied):
+    path = copied[0]
+    shutil.copytree(path / "2", path / "3.orbax-checkpoint-tmp-7")
+    shutil.copytree(path / "2", path / "trash" / "1-dead")
+    checkpoints, notes = opened(path)
+    assert checkpoints.latest == 2 and notes == []
+    assert {entry.name for entry in path.iterdir()} == {"1", "2", "manifests"}
+    checkpoints.close()
+
+
+def test_the_last_ones_and_every_kth_are_kept_and_deleted_ones_go_through_the_trash(copied, monkeypatch):
+    path, state = copied
+    removed = []
+    real = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda target, **k: (removed.append(pathlib.Path(target)), real(target, **k)))
+    checkpoints, _ = opened(path, Checkpoint(keep_last=2, keep_every_steps=4))
+    for step in range(3, 9):
+        checkpoints.save(step, state, {"step": step})
+    checkpoints.close()
+    assert sorted(listed_steps(path)) == [4, 7, 8]
+    assert all(target.name == "trash" or "trash" in target.parts for target in removed if path in target.parents)
+    for step in (4, 7, 8):
+        assert verify(path, step) is None
+    opened(path)[0].close()
+    assert {file.stem for file in (path / "manifests").iterdir()} == {"4", "7", "8"}
+
+
+def test_the_manifest_holds_a_hash_of_every_file(copied):
+    path = copied[0]
+    expected = hash_files(path / "2")
+    assert json.loads((path / "manifests" / "2.json").read_text()) == expected
+    assert len(expected) == sum(file.is_file() for file in (path / "2").rglob("*")) > 3

@@ -1,0 +1,52 @@
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from euroflax import verbs
+from euroflax.data.loader import BATCH_KEYS
+from euroflax.experiment import load, validate
+from euroflax.languages import EU24
+from euroflax.train.step import init_state, train_step
+from tests.conftest import ROOT, small
+
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_is_valid_and_says_how_to_run_it(path):
+    declared = load(path)
+    assert validate(declared) == [] and declared.name == path.stem
+    assert f"python -m euroflax.run experiments/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_shrunk_trains_two_steps_on_eight_devices(path, folders):
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    declared = small(path, languages=EU24, training__tokens=2 * 8 * 64, **mesh)
+    run = verbs.train(declared, folders)
+    losses = [line["loss"] for line in run.metrics if "loss" in line]
+    assert losses == pytest.approx([math.log(512)] * 2, rel=0.05)
+    assert set(run.bits_per_byte) == {*EU24, "mean"}
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_traces_at_full_size_without_memory(path):
+    declared = load(path)
+    shape = (declared.batch_rows, declared.data.sequence_length)
+    types = {key: jnp.float32 if key == "loss_weights_BL" else jnp.int32 for key in BATCH_KEYS}
+    batch = {key: jax.ShapeDtypeStruct(shape, types[key]) for key in BATCH_KEYS}
+    state = jax.eval_shape(functools.partial(init_state, declared))
+    after, metrics = jax.eval_shape(functools.partial(train_step, declared), state, batch)
+    assert jax.tree.map(lambda leaf: leaf.shape, after) == jax.tree.map(lambda leaf: leaf.shape, state)
+    assert metrics["loss"].shape == () and metrics["loss_sum_M"].shape == (24,)
+
+
+def test_the_7b_model_has_the_languages_shares_and_sizes_that_its_name_says():
+    declared = load(ROOT / "experiments/7b_eu24.py")
+    assert declared.language_codes == EU24
+    assert all(source.expected_bytes for source in declared.data.sources)
+    assert sum(declared.data.mixture.weights.values()) == pytest.approx(1, abs=1e-9)
+    assert declared.data.mixture.weights["hplt3-en"] == pytest.approx(1 / 3)

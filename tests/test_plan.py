@@ -1,0 +1,60 @@
+import jax
+import pytest
+
+from euroflax import plan, verbs
+from euroflax.data import mixture
+from euroflax.data.prepare import prepare
+from euroflax.experiment import ExperimentError, load
+from euroflax.train.step import abstract_state, init_state
+from tests.conftest import ROOT, small
+
+
+def test_memory_is_what_the_devices_really_hold():
+    declared = small(mesh__fsdp=4, mesh__tensor=2, mesh__data=1)
+    made = plan.make_plan(declared, 8)
+    from euroflax import sharding
+
+    mesh = sharding.make_mesh(declared)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(declared, mesh))
+    state = jax.jit(lambda: init_state(declared), out_shardings=shardings)()
+
+    def held(tree):
+        device = jax.devices()[3]
+        shards = [s for leaf in jax.tree.leaves(tree) for s in leaf.addressable_shards if s.device == device]
+        return sum(shard.data.nbytes for shard in shards)
+
+    assert made.memory_bytes["parameters"] == made.memory_bytes["gradients"] == held(state.params)
+    assert made.memory_bytes["optimizer"] == held(state.optimizer)
+    assert made.parameters == sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert made.memory_bytes["total"] == sum(v for k, v in made.memory_bytes.items() if k != "total")
+
+
+def test_tokens_steps_and_epochs_are_those_of_the_run(folders):
+    declared = small(training__tokens=19 * 64)
+    resolved = mixture.resolve(declared, prepare(declared, folders))
+    made = plan.make_plan(declared, 8, resolved)
+    assert (made.tokens, made.steps) == (19 * 64, 3)
+    assert sum(row["rows"] for row in made.mixture) == 19
+    assert all(row["epochs"] == row["rows"] / n for row, n in zip(made.mixture, resolved.rows_per_epoch, strict=True))
+    assert verbs.plan(declared, folders, 8).to_json() == made.to_json()
+
+
+def test_a_plan_needs_no_data_and_no_devices(folders):
+    made = verbs.plan(load(ROOT / "experiments/7b_eu24.py"), folders)
+    assert made.devices == 64 and 6.7e9 < made.parameters < 6.8e9
+    assert made.memory_bytes["parameters"] == pytest.approx(4 * made.parameters / 64, rel=0.01)
+    text = "\n".join(plan.lines(made))
+    assert "24 sources in 24 languages" in text and "33.33% (hplt3-en)" in text
+    assert {row["size"] for row in made.mixture} == {"declared"}
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    with pytest.raises(ExperimentError, match="is larger than the 4 devices"):
+        plan.make_plan(small(mesh__fsdp=8), 4)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(5, "5 B"), (2048, "2.0 KiB"), (3 * 2**30, "3.0 GiB"), (2**51, "2048.0 TiB")]
+)
+def test_sizes_are_for_people(count, text):
+    assert plan.size(count) == text

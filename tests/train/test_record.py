@@ -1,0 +1,115 @@
+import contextlib
+import json
+
+import pytest
+
+from euroflax.experiment import ExperimentError, to_json
+from euroflax.train.record import Record, differences, read_metrics
+from tests.conftest import small
+
+DATA = {"tokenizer": "t", "stores": {"a": "1"}}
+
+
+@contextlib.contextmanager
+def opened(path, declared=None, data=DATA):
+    with contextlib.closing(Record(path, declared or small(), writes=True)) as record:
+        record.begin({"devices": 1}, data)
+        yield record
+
+
+def test_metrics_are_cut_back_to_a_step_and_lose_a_torn_line(tmp_path):
+    with opened(tmp_path) as record:
+        cut_back(tmp_path, record)
+
+
+def cut_back(tmp_path, record):
+    record.append([{"step": 0, "eval": {"bits_per_byte.mean": 1.0}}])
+    record.append({"step": step, "loss": 1 / 3} for step in (1, 2, 3))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3]
+    record.cut_back(2)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2]
+    assert read_metrics(tmp_path)[1]["loss"] == 1 / 3
+    assert record.evaluated(0) and not record.evaluated(2)
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    with opened(tmp_path) as record:
+        record.append([{"step": 1, "loss": float("nan"), "by": {"en": float("inf")}, "mfu": None}])
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": None, "by": {"en": None}, "mfu": None}]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_second_start_on_a_folder_is_refused_and_a_dead_ones_lock_is_not(tmp_path):
+    with (
+        opened(tmp_path),
+        pytest.raises(ExperimentError, match="is in use by another process"),
+        opened(tmp_path),
+    ):
+        pass
+    assert (tmp_path / "lock").exists()
+    with opened(tmp_path) as second:
+        assert len(second.manifest["sessions"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"mesh__fsdp": 2}, None),
+        ({"training__batch_tokens": 1024}, None),
+        ({"training__accumulation_steps": 2}, None),
+        ({"checkpoint__every_steps": 9}, None),
+        ({"evaluation__every_steps": 9}, None),
+        ({"training__tokens": 10**6}, None),
+        ({"training__tokens": 2048}, "training.tokens=2048 differs from 3072"),
+        ({"model__num_layers": 3}, "model.num_layers=3 differs from 2"),
+        ({"training__seed": 1}, "training.seed=1 differs from 0"),
+        ({"training__schedule__peak_learning_rate": 1.0}, "training.schedule.peak_learning_rate=1.0 differs"),
+        ({"data__sequence_length": 32}, "data.sequence_length=32 differs from 64"),
+        ({"languages": ("el", "en")}, "data.sources[2].id_field=nothing differs from id"),
+    ],
+)
+def test_only_mesh_batch_checkpoint_evaluation_and_more_tokens_may_differ(tmp_path, changes, refused):
+    found = differences(to_json(small()), to_json(small(**changes)), tmp_path)
+    assert (found == []) if refused is None else any(refused in fault for fault in found), found
+
+
+def test_a_run_folder_of_another_experiment_is_refused(tmp_path):
+    with opened(tmp_path):
+        pass
+    with pytest.raises(ExperimentError, match=r"model.num_layers=3 differs from 2, with which run folder .* began"):
+        Record(tmp_path, small(model__num_layers=3), writes=False)
+
+
+def test_data_that_changed_since_the_run_began_is_refused(tmp_path):
+    with opened(tmp_path):
+        pass
+    with (
+        pytest.raises(ExperimentError, match="a changed since the run began"),
+        opened(tmp_path, data={"tokenizer": "t", "stores": {"a": "2"}}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["experiment.json", "manifest.json"])
+def test_a_harmed_record_is_the_users_to_restore(tmp_path, name):
+    (tmp_path / name).write_text('{"sess')
+    with pytest.raises(ExperimentError, match=f"{name} is not a JSON object; restore it"):
+        Record(tmp_path, small(), writes=False)
+
+
+def test_a_folder_below_a_file_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ExperimentError, match=r"run folder=.* cannot be written \(Not a directory\)"):
+        Record(tmp_path / "file" / "run", small(), writes=True)
+
+
+def test_the_manifest_says_with_what_and_from_when(tmp_path):
+    with opened(tmp_path):
+        pass
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["versions"]["jax"] and manifest["versions"]["euroflax"]
+    session = manifest["sessions"][0]
+    assert {"from", "to", "steps", "flops", "energy_joules", "devices"} <= session.keys()
+    assert json.loads((tmp_path / "experiment.json").read_text()) == to_json(small())
