@@ -6,9 +6,12 @@ deleted by renaming it into the trash, so that a death in the middle of a deleti
 """
 
 import concurrent.futures
+import dataclasses
+import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -16,13 +19,16 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from euroflax import experiment
 from euroflax.experiment import RunFailed
 from euroflax.folders import replace_json
+from euroflax.sharding import letters_of, name_of
 
 T = TypeVar("T")
 
@@ -95,7 +101,8 @@ class Checkpoints:
             RunFailed: the save before could not be finished.
         """
         self.wait()
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(facts))
+        chunks = jax.tree_util.tree_map_with_path(_chunks, state)
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state, chunks), facts=ocp.args.JsonSave(facts))
         self._manager.save(step, args=arguments, force=True)
         self._finishing = self._pool.submit(self._finish, step)
 
@@ -120,15 +127,17 @@ class Checkpoints:
         except Exception as error:
             raise RunFailed(f"a checkpoint could not be finished: {error}") from error
 
-    def restore(self, abstract_state: T, check: Callable[[dict], None]) -> tuple[T, dict]:
-        """State and facts of the latest checkpoint, onto the shardings of `abstract_state`, whatever mesh saved it.
+    def restore(self, abstract_state: T, check: Callable[[dict], None]) -> T:
+        """The state of the latest checkpoint, onto the shardings of `abstract_state`, whatever mesh saved it.
 
         Args:
             abstract_state: shapes, types and shardings to restore.
             check: given the facts before any array is read; raises where the checkpoint is not wanted.
         """
         assert self.latest is not None
-        return _restore(self._manager, self.latest, abstract_state, check)
+        check(read_facts(self._path, self.latest))
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        return self._manager.restore(self.latest, args=wanted)["state"]
 
     def close(self) -> None:
         """Waits for the last save and lets go of Orbax's threads."""
@@ -139,25 +148,62 @@ class Checkpoints:
             self._manager.close()
 
 
-def restore_latest(
-    path: pathlib.Path, abstract_state: T, check: Callable[[dict], None], note: Callable[[str], None]
-) -> tuple[T, dict] | None:
-    """As `Checkpoints.restore`, but changes nothing in the folder, which a running job may own; None without any."""
+@dataclasses.dataclass(frozen=True)
+class SavedParams:
+    """The parameters of a checkpoint, read piece by piece: memory holds no more than what is asked for."""
+
+    path: pathlib.Path
+    """The folder `checkpoints` of a run, which a running job may own; nothing in it is changed."""
+    step: int
+
+    def read(self, name: str, index: tuple[slice | int, ...] = ()) -> np.ndarray:
+        """A piece of a parameter, as it was saved: `read("layers/mlp/gate_DF", (3,))` is that of layer 3."""
+        if name not in self._opened:
+            base = f"file://{(self.path / str(self.step) / 'state').resolve()}/"
+            kvstore = {"driver": "ocdbt", "base": base, "path": f"params.{name.replace('/', '.')}/"}
+            self._opened[name] = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
+        return self._opened[name][index].read().result()
+
+    @functools.cached_property
+    def _opened(self) -> dict[str, ts.TensorStore]:
+        return {}
+
+    def place(self, abstract_params: T) -> T:
+        """All parameters, onto the shardings of `abstract_params`, whatever mesh saved them."""
+
+        def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            name = name_of(path)
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: self.read(name, index))
+
+        return jax.tree_util.tree_map_with_path(place, abstract_params)
+
+
+def open_latest(path: pathlib.Path, check: Callable[[dict], None], note: Callable[[str], None]) -> SavedParams | None:
+    """The parameters of the latest checkpoint that is whole; None where there is none.
+
+    Args:
+        path: the folder `checkpoints` of a run.
+        check: given the facts of the checkpoint; raises where it is not wanted.
+        note: told, in a sentence, of each checkpoint that is passed over.
+    """
     latest = _agreed(_latest_good(path, note) if jax.process_index() == 0 else None)
     if latest is None:
         return None
-    _quiet()
-    with ocp.CheckpointManager(path.resolve(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        return _restore(manager, latest, abstract_state, check)
+    check(read_facts(path, latest))
+    return SavedParams(path, latest)
 
 
-def _restore(
-    manager: ocp.CheckpointManager, step: int, abstract_state: T, check: Callable[[dict], None]
-) -> tuple[T, dict]:
-    facts = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
-    check(facts)
-    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))["state"]
-    return state, facts
+def read_facts(path: pathlib.Path, step: int) -> dict:
+    """What was saved beside the state: experiment, mixture, tokenizer, position."""
+    return json.loads((path / str(step) / "facts" / "metadata").read_bytes())
+
+
+def _chunks(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
+    """Stacked parameters are stored a layer a chunk, so that one layer can be read without the others."""
+    if not letters_of(path).startswith("N"):
+        return ocp.SaveArgs()
+    shard_bytes = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return ocp.SaveArgs(chunk_byte_size=shard_bytes // leaf.shape[0], shard_axes=(0,))
 
 
 def _quiet() -> None:

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 from euroflax.experiment import Experiment, ExperimentError, Interrupted, RunFailed, load
-from euroflax.train.stop import Stop
+from euroflax.training.stop import Stop
 
 VERBS = {
     "train": "prepare what is missing, train, go on where it was interrupted, evaluate (default)",
@@ -186,16 +186,16 @@ def _device_count(devices: str | None) -> int | None:
 
 
 def _show(verb: str, result: dict, display: object) -> None:
-    from euroflax import plan
+    from euroflax import planning
     from euroflax.console import ConsoleDisplay
 
     assert isinstance(display, ConsoleDisplay)
     if verb == "plan":
-        for line in plan.lines(plan.Plan(**result)):
+        for line in planning.lines(planning.Plan(**result)):
             display.note(line)
     elif verb == "check":
         for source in result["sources"]:
-            display.note(f"{source['source']}: {source['files']} files, {plan.size(source['file_bytes'])}")
+            display.note(f"{source['source']}: {source['files']} files, {planning.size(source['file_bytes'])}")
         display.note(f"{result['name']} is ready")
     elif verb == "evaluate":
         display.evaluations([{"step": result.pop("step"), "eval": result}])

@@ -127,11 +127,16 @@ def letters_of(path: tuple) -> str:
 
     A path without a name that ends in dimensions is a scalar.
     """
-    keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
+    keys = name_of(path).split("/")
     name, _, dims = keys[-1].rpartition("_")
     if not name or not dims.isupper():
         return ""
     return ("N" if "layers" in keys else "") + dims
+
+
+def name_of(path: tuple) -> str:
+    """The path of a leaf as text: `layers/attention/query_DHK`."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
 
 
 def shardings(tree: T, mesh: jax.sharding.Mesh | AbstractMesh) -> T:

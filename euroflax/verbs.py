@@ -7,20 +7,20 @@ import pathlib
 
 import jax
 
-from euroflax import evaluate as evaluation
-from euroflax import plan as planning
-from euroflax import sharding
-from euroflax.checkpoint import latest_step, restore_latest
+from euroflax import evaluation, planning, sharding
+from euroflax.checkpoint import SavedParams, latest_step, open_latest
 from euroflax.console import SilentDisplay
 from euroflax.data import documents, mixture
 from euroflax.data import prepare as preparation
 from euroflax.data.prepare import Prepared
+from euroflax.data.tokenizer import Tokenizer
 from euroflax.experiment import Experiment, ExperimentError
 from euroflax.folders import Folders, make_folder
-from euroflax.train import loop
-from euroflax.train.record import read_metrics
-from euroflax.train.step import abstract_state
-from euroflax.train.stop import Stop
+from euroflax.training import loop
+from euroflax.training.clock import Clock
+from euroflax.training.record import read_metrics
+from euroflax.training.step import abstract_state
+from euroflax.training.stop import Stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,16 +125,17 @@ def train(
         Interrupted: it was stopped; the same call goes on.
         RunFailed: running it again will not help.
     """
-    display, stop = display or SilentDisplay(), stop or Stop()
+    display, stop, clock = display or SilentDisplay(), stop or Stop(), Clock()
     sharding.make_mesh(declared)
     make_folder(folders.run_dir(declared.name), "run folder")
-    prepared = prepare(declared, folders, display, stop)
+    with clock.on("prepare"):
+        prepared = prepare(declared, folders, display, stop)
     display.note(_about_tokenizer(prepared))
     resolved = mixture.resolve(declared, prepared)
     for line in planning.lines(planning.make_plan(declared, jax.device_count(), resolved)):
         display.note(line)
     run_dir = folders.run_dir(declared.name)
-    params = loop.train(declared, prepared, run_dir, display, stop)
+    params = loop.train(declared, prepared, run_dir, display, stop, clock)
     return Run(run_dir, params, read_metrics(run_dir))
 
 
@@ -162,9 +163,7 @@ def evaluate(
         Interrupted: it was stopped.
     """
     display, stop = display or SilentDisplay(), stop or Stop()
-    run_dir = folders.run_dir(declared.name)
-    if latest_step(run_dir / "checkpoints") is None:
-        raise ExperimentError(f"run folder={run_dir} holds no checkpoint; train first")
+    run_dir = _trained(declared, folders)
     prepared = prepare(declared, folders, display, stop)
     mesh = sharding.make_mesh(declared)
     assert isinstance(mesh, jax.sharding.Mesh)
@@ -174,12 +173,32 @@ def evaluate(
         display.progress("evaluate", done, total)
 
     with jax.set_mesh(mesh):
-        check_facts = functools.partial(loop.check_facts, declared, prepared, run_dir)
-        restored = restore_latest(run_dir / "checkpoints", abstract_state(declared, mesh), check_facts, display.note)
-        if restored is None:
-            raise ExperimentError(f"run folder={run_dir} holds no checkpoint that is whole; train first")
-        state, _ = restored
-        figures = evaluation.bits_per_byte(declared, prepared, state.params, mesh, proceed)
+        saved = _open_saved(declared, run_dir, prepared.tokenizer, display)
+        params = saved.place(abstract_state(declared, mesh).params)
+        figures = evaluation.bits_per_byte(declared, prepared, params, mesh, proceed)
     if not figures:
         raise ExperimentError("evaluation.sources=() and no holdout_fraction leave nothing to evaluate on; state one")
-    return {"step": int(state.step), **figures}
+    return {"step": saved.step, **figures}
+
+
+def _trained(declared: Experiment, folders: Folders) -> pathlib.Path:
+    """The run folder, which holds a checkpoint.
+
+    Raises:
+        ExperimentError: it does not.
+    """
+    run_dir = folders.run_dir(declared.name)
+    if latest_step(run_dir / "checkpoints") is None:
+        raise ExperimentError(f"run folder={run_dir} holds no checkpoint; train first")
+    return run_dir
+
+
+def _open_saved(
+    declared: Experiment, run_dir: pathlib.Path, tokenizer: Tokenizer, display: loop.Display
+) -> SavedParams:
+    """The parameters of the latest whole checkpoint, which is of this experiment and tokenizer."""
+    check_facts = functools.partial(loop.check_facts, declared, tokenizer, run_dir)
+    saved = open_latest(run_dir / "checkpoints", check_facts, display.note)
+    if saved is None:
+        raise ExperimentError(f"run folder={run_dir} holds no checkpoint that is whole; train first")
+    return saved

@@ -17,9 +17,9 @@ RANKS = {
     "data": 3,
     "model": 4,
     "checkpoint": 5,
-    "evaluate": 6,
-    "train": 7,
-    "plan": 8,
+    "evaluation": 6,
+    "training": 7,
+    "planning": 8,
     "verbs": 9,
     "run": 10,
     "sample": 0,
@@ -64,7 +64,7 @@ def test_libraries_stay_in_their_rooms(path):
     everywhere, top = (
         {name.split(".")[0] for name in imports(tree)} for tree in (ast.parse(path.read_text()), module_level(path))
     )
-    if here != "model" and relative != "train/step.py":
+    if here != "model" and relative != "training/step.py":
         assert "flax" not in everywhere
     assert "grain" not in top
     if here in ("data", "experiment", "languages", "folders", "devices", "run", "__init__") or "record" in relative:

@@ -9,7 +9,7 @@ import pytest
 from euroflax import sharding
 from euroflax.checkpoint import Checkpoints, hash_files, latest_step, listed_steps, restore_latest, verify
 from euroflax.experiment import Checkpoint
-from euroflax.train.step import abstract_state, init_state
+from euroflax.training.step import abstract_state, init_state
 from tests.conftest import assert_trees_close, small
 
 DECLARED = small(mesh__fsdp=4, mesh__data=2)

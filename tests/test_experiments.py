@@ -9,7 +9,7 @@ from euroflax import verbs
 from euroflax.data.loader import BATCH_KEYS
 from euroflax.experiment import load, validate
 from euroflax.languages import EU24
-from euroflax.train.step import init_state, train_step
+from euroflax.training.step import init_state, train_step
 from tests.conftest import ROOT, small
 
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec
 from euroflax import sharding
 from euroflax.experiment import ExperimentError, Mesh
 from euroflax.sharding import ACTIVATIONS, PARAMETERS, constrain, mesh_sizes, spec
-from euroflax.train.step import abstract_state, init_state
+from euroflax.training.step import abstract_state, init_state
 from tests.conftest import small
 
 

@@ -73,7 +73,7 @@ def prepare(experiment: Experiment, folders: Folders, progress: Progress = lambd
     digests = _digests(experiment, folders, progress)
     _check_held_out(experiment, digests)
     path = _tokenizer_path(experiment, folders, digests)
-    if not path.is_file() and experiment.data.tokenizer.path is None:
+    if not path.is_file() and experiment.tokenizer_path is None:
         _train_tokenizer(experiment, path, digests, progress)
     known = _checked_tokenizer(experiment, path)
     missing = [part for part in _parts(experiment, known, digests) if _find(folders, part) is None]
@@ -90,7 +90,7 @@ def open_prepared(experiment: Experiment, folders: Folders) -> Prepared:
     """
     digests = _digests(experiment, folders, lambda *_: None)
     path = _tokenizer_path(experiment, folders, digests)
-    if not path.is_file() and experiment.data.tokenizer.path is None:
+    if not path.is_file() and experiment.tokenizer_path is None:
         raise NotPrepared("data.tokenizer")
     known = _checked_tokenizer(experiment, path)
     train, evaluation = [], []
@@ -198,8 +198,8 @@ def _digest_files(files: list[pathlib.Path], known: dict, source: Source, progre
 
 def _tokenizer_path(experiment: Experiment, folders: Folders, digests: dict[str, list]) -> pathlib.Path:
     declared = experiment.data.tokenizer
-    if declared.path is not None:
-        return folders.data_root / declared.path
+    if experiment.tokenizer_path is not None:
+        return folders.data_root / experiment.tokenizer_path
     asked = [
         (
             source.language,
@@ -210,7 +210,7 @@ def _tokenizer_path(experiment: Experiment, folders: Folders, digests: dict[str,
         )
         for source in experiment.data.sources
     ]
-    key = fingerprint([1, experiment.model.vocab_size, declared.sample_bytes, asked])
+    key = fingerprint([2, experiment.model.vocab_size, declared.sample_bytes, asked])
     return folders.cache_dir / "tokenizers" / key / "tokenizer.json"
 
 
@@ -236,7 +236,7 @@ def _checked_tokenizer(experiment: Experiment, path: pathlib.Path) -> Tokenizer:
     if known.vocab_size > experiment.model.vocab_size:
         raise ExperimentError(
             f"model.vocab_size={experiment.model.vocab_size} is less than the {known.vocab_size} entries of "
-            f"data.tokenizer.path={path}; use {known.vocab_size} or more"
+            f"the tokenizer {path}; use {known.vocab_size} or more"
         )
     return known
 

@@ -3,11 +3,12 @@
 import collections
 import dataclasses
 import hashlib
+import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from euroflax.data import documents
 from euroflax.experiment import Experiment, ExperimentError, Source
@@ -39,9 +40,15 @@ class Tokenizer:
         """Token ids of each text, without special tokens: markers inside a text are ordinary text."""
         return [encoding.ids for encoding in self.inner.encode_batch(texts, add_special_tokens=False)]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        return self.inner.decode(list(ids), skip_special_tokens=True)
+
 
 def read(path: pathlib.Path) -> Tokenizer:
     """The tokenizer in a tokenizer.json.
+
+    A tokenizer_config.json beside it may say which tokens begin, end and pad a text; otherwise they are ours.
 
     Raises:
         ExperimentError: the file is not there, is no tokenizer, or lacks the special tokens.
@@ -58,12 +65,31 @@ def read(path: pathlib.Path) -> Tokenizer:
     inner.encode_special_tokens = True
     inner.no_padding()
     inner.no_truncation()
-    pad, bos, eos = map(inner.token_to_id, SPECIAL_TOKENS)
+    names = _special_names(path.with_name("tokenizer_config.json"))
+    pad, bos, eos = map(inner.token_to_id, names)
     if pad is None or bos is None or eos is None:
-        raise ExperimentError(
-            f"data.tokenizer.path={path} lacks {', '.join(SPECIAL_TOKENS)}; add them to its vocabulary"
-        )
-    return Tokenizer(inner, pad, bos, eos, hashlib.sha256(content).hexdigest()[:16])
+        raise ExperimentError(f"data.tokenizer.path={path} lacks {', '.join(names)}; add them to its vocabulary")
+    digest = hashlib.sha256(content + repr((pad, bos, eos)).encode())
+    return Tokenizer(inner, pad, bos, eos, digest.hexdigest()[:16])
+
+
+def _special_names(config: pathlib.Path) -> tuple[str, str, str]:
+    """The tokens that pad, begin and end a text; one that ends it does what no other is there for.
+
+    Raises:
+        ExperimentError: the file is there and names no token that ends a text.
+    """
+    if not config.is_file():
+        return SPECIAL_TOKENS
+    try:
+        declared = json.loads(config.read_bytes())
+        named = [declared.get(role) for role in ("pad_token", "bos_token", "eos_token")]
+    except (ValueError, AttributeError) as error:
+        raise ExperimentError(f"{config} is no JSON object; restore it") from error
+    pad, bos, eos = (token.get("content") if isinstance(token, dict) else token for token in named)
+    if not isinstance(eos, str):
+        raise ExperimentError(f"{config} names no eos_token; add it, since documents end with it")
+    return pad or eos, bos or eos, eos
 
 
 def train(experiment: Experiment, files: dict[str, list[pathlib.Path]], advance: Callable[[int], None]) -> str:
@@ -86,6 +112,12 @@ def train(experiment: Experiment, files: dict[str, list[pathlib.Path]], advance:
         ]
     )
     inner.decoder = decoders.ByteLevel()
+    inner.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, 1)]),
+        ]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),

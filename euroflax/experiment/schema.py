@@ -203,6 +203,8 @@ class Evaluation:
     """Steps between two evaluations; the untrained and the finished model are evaluated always."""
     max_documents: int | None = 1000
     """Documents read of each source, its first ones; None reads all."""
+    sample_tokens: int = 48
+    """Tokens that the finished model writes after the beginning of a held-out text in each language; 0 writes none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,6 +213,8 @@ class Experiment:
 
     name: str = ""
     """Name of the run and of its folder; the stem of the file where none is given."""
+    continue_from: str | None = None
+    """A Hugging Face folder below the data root whose weights the run begins with; None draws random ones."""
     model: Model
     """The network."""
     data: Data
@@ -223,6 +227,13 @@ class Experiment:
     """When it is saved."""
     evaluation: Evaluation = Evaluation()
     """What it is measured on."""
+
+    @property
+    def tokenizer_path(self) -> str | None:
+        """The tokenizer.json below the data root, declared or that of `continue_from`; None where one is trained."""
+        if self.data.tokenizer.path is None and self.continue_from is not None:
+            return f"{self.continue_from}/tokenizer.json"
+        return self.data.tokenizer.path
 
     @property
     def batch_rows(self) -> int:

@@ -39,6 +39,8 @@ def _at_least(field: str, value: float, least: float) -> Iterator[str]:
 
 def _sizes(experiment: Experiment) -> Iterator[str]:
     model = experiment.model
+    if experiment.continue_from is not None and not experiment.continue_from.strip():
+        yield "continue_from= is empty; name a Hugging Face folder below the data root, or leave it out"
     if not re.fullmatch(r"[\w.+-]*", experiment.name) or experiment.name.startswith("."):
         yield f"name={shown(experiment.name)} is no folder name; use letters, digits, and - _ . +"
     for field in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
@@ -162,6 +164,7 @@ def _training(experiment: Experiment) -> Iterator[str]:
     yield from _at_least("checkpoint.every_steps", checkpoint.every_steps, 1)
     yield from _at_least("checkpoint.keep_last", checkpoint.keep_last, 1)
     yield from _at_least("evaluation.every_steps", evaluation.every_steps, 1)
+    yield from _at_least("evaluation.sample_tokens", evaluation.sample_tokens, 0)
     if checkpoint.keep_every_steps is not None:
         yield from _at_least("checkpoint.keep_every_steps", checkpoint.keep_every_steps, 1)
     if evaluation.max_documents is not None:

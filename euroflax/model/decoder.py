@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from euroflax.experiment import Model
-from euroflax.model.layers import Layer, rms_norm
+from euroflax.model.layers import Layer, LayerCache, rms_norm
 from euroflax.sharding import constrain
 
 _REMAT_POLICIES = {
@@ -53,12 +53,10 @@ def hidden(config: Model, params: dict, batch: dict) -> Float[Array, "B L D"]:
         params: as `init` makes them.
         batch: `tokens_BL`, `segment_ids_BL` and `positions_BL`, int32.
     """
-    dtype = jnp.dtype(config.compute_dtype)
-    x_BLD = constrain(params["embedding_VD"].astype(dtype)[batch["tokens_BL"]], "BLD")
+    x_BLD = _embed(config, params, batch)
 
     def layer(x_BLD: jax.Array, layer_params: dict) -> jax.Array:
-        segments_BL, positions_BL = batch["segment_ids_BL"], batch["positions_BL"]
-        return cast(jax.Array, Layer(config).apply({"params": layer_params}, x_BLD, segments_BL, positions_BL))
+        return _apply_layer(config, layer_params, x_BLD, batch, None)[0]
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[config.remat])
@@ -68,6 +66,68 @@ def hidden(config: Model, params: dict, batch: dict) -> Float[Array, "B L D"]:
     else:
         x_BLD, _ = jax.lax.scan(lambda x, layer_params: (layer(x, layer_params), None), x_BLD, params["layers"])
     return rms_norm(x_BLD, params["final_norm_D"], config.norm_epsilon)
+
+
+def _embed(config: Model, params: dict, batch: dict) -> jax.Array:
+    return constrain(params["embedding_VD"].astype(jnp.dtype(config.compute_dtype))[batch["tokens_BL"]], "BLD")
+
+
+def _apply_layer(
+    config: Model, layer_params: dict, x_BLD: jax.Array, batch: dict, cache: LayerCache | None
+) -> tuple[jax.Array, LayerCache | None]:
+    segments_BL, positions_BL = batch["segment_ids_BL"], batch["positions_BL"]
+    return cast(tuple, Layer(config).apply({"params": layer_params}, x_BLD, segments_BL, positions_BL, cache))
+
+
+def empty_cache(config: Model, num_rows: int, length: int) -> dict:
+    """A cache of keys and values with `length` places, in the compute type: what `extend` fills.
+
+    Returns:
+        `keys_NBSGK`, `values_NBSGK`, `segment_ids_BS`, and `filled`, the number of places taken.
+    """
+    shape = (config.num_layers, num_rows, length, config.num_kv_heads, config.head_dim)
+    return {
+        "keys_NBSGK": jnp.zeros(shape, config.compute_dtype),
+        "values_NBSGK": jnp.zeros(shape, config.compute_dtype),
+        "segment_ids_BS": jnp.zeros((num_rows, length), jnp.int32),
+        "filled": jnp.zeros((), jnp.int32),
+    }
+
+
+def extend(config: Model, params: dict, cache: dict, batch: dict) -> tuple[Float[Array, "B L D"], dict]:
+    """As `hidden`, with the tokens of the batch placed behind those that the cache holds, and the longer cache.
+
+    The places of a row count whatever its padding: a shorter prompt is padded at its left end, by segment 0.
+    """
+    start = cache["filled"]
+    segments_BS = jax.lax.dynamic_update_slice_in_dim(
+        cache["segment_ids_BS"], batch["segment_ids_BL"].astype(jnp.int32), start, axis=1
+    )
+    x_BLD = _embed(config, params, batch)
+
+    def layer(x_BLD: jax.Array, of_layer: tuple) -> tuple[jax.Array, tuple]:
+        layer_params, keys_BSGK, values_BSGK = of_layer
+        before = LayerCache(keys_BSGK, values_BSGK, segments_BS, start)
+        x_BLD, after = _apply_layer(config, layer_params, x_BLD, batch, before)
+        assert after is not None
+        return x_BLD, (after.keys_BSGK, after.values_BSGK)
+
+    of_layers = (params["layers"], cache["keys_NBSGK"], cache["values_NBSGK"])
+    if _unrolled(config):
+        kept = []
+        for i in range(config.num_layers):
+            x_BLD, new = layer(x_BLD, jax.tree.map(operator.itemgetter(i), of_layers))
+            kept.append(new)
+        keys_NBSGK, values_NBSGK = (jnp.stack(parts) for parts in zip(*kept, strict=True))
+    else:
+        x_BLD, (keys_NBSGK, values_NBSGK) = jax.lax.scan(layer, x_BLD, of_layers)
+    cache = {
+        "keys_NBSGK": keys_NBSGK,
+        "values_NBSGK": values_NBSGK,
+        "segment_ids_BS": segments_BS,
+        "filled": start + batch["tokens_BL"].shape[1],
+    }
+    return rms_norm(x_BLD, params["final_norm_D"], config.norm_epsilon), cache
 
 
 def _unrolled(config: Model) -> bool:

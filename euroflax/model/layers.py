@@ -1,5 +1,7 @@
 """The parts of a layer. The end of each parameter's name says its dimensions, and so its place on the mesh."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,17 @@ def rotate(x_BLHK: Float[Array, "B L H K"], positions_BL: Int[Array, "B L"], the
     return turned.astype(x_BLHK.dtype)
 
 
+class LayerCache(NamedTuple):
+    """Keys and values of one layer at S places, and where the next ones go."""
+
+    keys_BSGK: jax.Array
+    values_BSGK: jax.Array
+    segment_ids_BS: jax.Array
+    """0 at places that hold nothing."""
+    start: jax.Array
+    """The place of the first of the new tokens."""
+
+
 class Attention(nn.Module):
     """Grouped-query attention within documents."""
 
@@ -43,9 +56,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], segment_ids_BL: Int[Array, "B L"], positions_BL: Int[Array, "B L"]
-    ) -> Float[Array, "B L D"]:
-        """The change that attention makes to the residual stream."""
+        self,
+        x_BLD: Float[Array, "B L D"],
+        segment_ids_BL: Int[Array, "B L"],
+        positions_BL: Int[Array, "B L"],
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
+        """The change that attention makes to the residual stream, and the cache with the new keys and values."""
         c, dtype = self.config, x_BLD.dtype
         init = nn.initializers.normal(c.init_std)
         w_DHK = self.param("query_DHK", init, (c.embed_dim, c.num_heads, c.head_dim))
@@ -62,8 +79,21 @@ class Attention(nn.Module):
             k_BLGK = rms_norm(k_BLGK, self.param("key_norm_K", nn.initializers.ones, (c.head_dim,)), c.norm_epsilon)
         q_BLHK = rotate(q_BLHK, positions_BL, c.rope_theta)
         k_BLGK = rotate(k_BLGK, positions_BL, c.rope_theta)
-        y_BLHK = constrain(attend(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL), "BLHK")
-        return constrain(jnp.einsum("BLHK,HKD->BLD", y_BLHK, o_HKD.astype(dtype)), "BLD")
+        if cache is None:
+            y_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, segment_ids_BL)
+        else:
+            cache = _extended(cache, k_BLGK, v_BLGK)
+            y_BLHK = attend(
+                q_BLHK, cache.keys_BSGK, cache.values_BSGK, segment_ids_BL, cache.segment_ids_BS, cache.start
+            )
+        return constrain(jnp.einsum("BLHK,HKD->BLD", constrain(y_BLHK, "BLHK"), o_HKD.astype(dtype)), "BLD"), cache
+
+
+def _extended(cache: LayerCache, k_BLGK: jax.Array, v_BLGK: jax.Array) -> LayerCache:
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return constrain(jax.lax.dynamic_update_slice_in_dim(old, new, cache.start, axis=1), "BSGK")
+
+    return cache._replace(keys_BSGK=put(cache.keys_BSGK, k_BLGK), values_BSGK=put(cache.values_BSGK, v_BLGK))
 
 
 class FeedForward(nn.Module):
@@ -91,12 +121,17 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], segment_ids_BL: Int[Array, "B L"], positions_BL: Int[Array, "B L"]
-    ) -> Float[Array, "B L D"]:
-        """The residual stream after the layer."""
+        self,
+        x_BLD: Float[Array, "B L D"],
+        segment_ids_BL: Int[Array, "B L"],
+        positions_BL: Int[Array, "B L"],
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
+        """The residual stream after the layer, and its cache."""
         c, ones = self.config, nn.initializers.ones
         attention_norm_D = self.param("attention_norm_D", ones, (c.embed_dim,))
         mlp_norm_D = self.param("mlp_norm_D", ones, (c.embed_dim,))
         normed_BLD = rms_norm(x_BLD, attention_norm_D, c.norm_epsilon)
-        x_BLD = x_BLD + Attention(c, name="attention")(normed_BLD, segment_ids_BL, positions_BL)
-        return x_BLD + FeedForward(c, name="mlp")(rms_norm(x_BLD, mlp_norm_D, c.norm_epsilon))
+        change_BLD, cache = Attention(c, name="attention")(normed_BLD, segment_ids_BL, positions_BL, cache)
+        x_BLD = x_BLD + change_BLD
+        return x_BLD + FeedForward(c, name="mlp")(rms_norm(x_BLD, mlp_norm_D, c.norm_epsilon)), cache

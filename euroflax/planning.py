@@ -8,7 +8,7 @@ import jax
 from euroflax import model, sharding
 from euroflax.data.mixture import Resolved
 from euroflax.experiment import Experiment
-from euroflax.train.step import init_state
+from euroflax.training.step import init_state
 
 _FLOAT32 = 4
 

@@ -8,8 +8,8 @@ import pytest
 from euroflax import model, sharding
 from euroflax.data.loader import Rows
 from euroflax.data.prepare import prepare
-from euroflax.train import step as steps
-from euroflax.train.step import TrainState, abstract_state, init_state, train_step
+from euroflax.training import step as steps
+from euroflax.training.step import TrainState, abstract_state, init_state, train_step
 from tests.conftest import assert_trees_close, small
 
 MESHES = [

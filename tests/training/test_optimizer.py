@@ -5,7 +5,7 @@ import pytest
 
 from euroflax import model
 from euroflax.experiment import Schedule
-from euroflax.train.optimizer import learning_rate, make_optimizer
+from euroflax.training.optimizer import learning_rate, make_optimizer
 from tests.conftest import small
 
 

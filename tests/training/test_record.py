@@ -4,7 +4,7 @@ import json
 import pytest
 
 from euroflax.experiment import ExperimentError, to_json
-from euroflax.train.record import Record, differences, read_metrics
+from euroflax.training.record import Record, differences, read_metrics
 from tests.conftest import small
 
 DATA = {"tokenizer": "t", "stores": {"a": "1"}}

@@ -11,9 +11,9 @@ from euroflax.console import SilentDisplay
 from euroflax.data.loader import Rows
 from euroflax.data.prepare import prepare
 from euroflax.experiment import ExperimentError, Interrupted, RunFailed
-from euroflax.train import loop
-from euroflax.train.record import read_metrics
-from euroflax.train.stop import Stop
+from euroflax.training import loop
+from euroflax.training.record import read_metrics
+from euroflax.training.stop import Stop
 from tests.conftest import small
 
 TIMES = ("step_seconds", "tokens_per_second", "mfu")

@@ -1,17 +1,17 @@
 import jax
 import pytest
 
-from euroflax import plan, verbs
+from euroflax import planning, verbs
 from euroflax.data import mixture
 from euroflax.data.prepare import prepare
 from euroflax.experiment import ExperimentError, load
-from euroflax.train.step import abstract_state, init_state
+from euroflax.training.step import abstract_state, init_state
 from tests.conftest import ROOT, small
 
 
 def test_memory_is_what_the_devices_really_hold():
     declared = small(mesh__fsdp=4, mesh__tensor=2, mesh__data=1)
-    made = plan.make_plan(declared, 8)
+    made = planning.make_plan(declared, 8)
     from euroflax import sharding
 
     mesh = sharding.make_mesh(declared)
@@ -32,7 +32,7 @@ def test_memory_is_what_the_devices_really_hold():
 def test_tokens_steps_and_epochs_are_those_of_the_run(folders):
     declared = small(training__tokens=19 * 64)
     resolved = mixture.resolve(declared, prepare(declared, folders))
-    made = plan.make_plan(declared, 8, resolved)
+    made = planning.make_plan(declared, 8, resolved)
     assert (made.tokens, made.steps) == (19 * 64, 3)
     assert sum(row["rows"] for row in made.mixture) == 19
     assert all(row["epochs"] == row["rows"] / n for row, n in zip(made.mixture, resolved.rows_per_epoch, strict=True))
@@ -43,18 +43,18 @@ def test_a_plan_needs_no_data_and_no_devices(folders):
     made = verbs.plan(load(ROOT / "experiments/7b_eu24.py"), folders)
     assert made.devices == 64 and 6.7e9 < made.parameters < 6.8e9
     assert made.memory_bytes["parameters"] == pytest.approx(4 * made.parameters / 64, rel=0.01)
-    text = "\n".join(plan.lines(made))
+    text = "\n".join(planning.lines(made))
     assert "24 sources in 24 languages" in text and "33.33% (hplt3-en)" in text
     assert {row["size"] for row in made.mixture} == {"declared"}
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
     with pytest.raises(ExperimentError, match="is larger than the 4 devices"):
-        plan.make_plan(small(mesh__fsdp=8), 4)
+        planning.make_plan(small(mesh__fsdp=8), 4)
 
 
 @pytest.mark.parametrize(
     ("count", "text"), [(5, "5 B"), (2048, "2.0 KiB"), (3 * 2**30, "3.0 GiB"), (2**51, "2048.0 TiB")]
 )
 def test_sizes_are_for_people(count, text):
-    assert plan.size(count) == text
+    assert planning.size(count) == text

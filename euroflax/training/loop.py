@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import shutil
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -13,18 +12,16 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from euroflax import devices, evaluate, model, sharding
+from euroflax import devices, evaluation, model, sharding
 from euroflax.checkpoint import Checkpoints
 from euroflax.data.loader import Rows, batches
 from euroflax.data.prepare import Prepared
-from euroflax.data.store import Store
-from euroflax.experiment import Experiment, ExperimentError, Interrupted, RunFailed, Source, to_json
-from euroflax.languages import fold
-from euroflax.train.record import Record, differences, now
-from euroflax.train.step import TrainState, abstract_state, init_state, train_step
-from euroflax.train.stop import Stop
-
-_PROVENANCE = ("name", "licence", "provider", "origin", "opt_out", "generator")
+from euroflax.data.tokenizer import Tokenizer
+from euroflax.experiment import Experiment, ExperimentError, Interrupted, RunFailed, to_json
+from euroflax.training.clock import Clock
+from euroflax.training.record import Record, differences, now
+from euroflax.training.step import TrainState, abstract_state, init_state, train_step
+from euroflax.training.stop import Stop
 
 Step = Callable[[TrainState, dict], tuple[TrainState, dict]]
 
@@ -57,9 +54,12 @@ class _Job:
     checkpoints: Checkpoints
     display: Display
     stop: Stop
+    clock: Clock
 
 
-def train(declared: Experiment, prepared: Prepared, run_dir: pathlib.Path, display: Display, stop: Stop) -> dict:
+def train(
+    declared: Experiment, prepared: Prepared, run_dir: pathlib.Path, display: Display, stop: Stop, clock: Clock
+) -> dict:
     """Trains from the latest checkpoint, or from the beginning, to the end; returns the parameters.
 
     Raises:
@@ -73,16 +73,16 @@ def train(declared: Experiment, prepared: Prepared, run_dir: pathlib.Path, displ
         checkpoints = Checkpoints(run_dir / "checkpoints", declared.checkpoint, display.note)
         with contextlib.closing(checkpoints):
             rows = Rows(declared, prepared)
-            return _run(_Job(declared, prepared, rows, mesh, record, checkpoints, display, stop)).params
+            return _run(_Job(declared, prepared, rows, mesh, record, checkpoints, display, stop, clock)).params
 
 
-def check_facts(declared: Experiment, prepared: Prepared, path: pathlib.Path, facts: dict) -> None:
+def check_facts(declared: Experiment, tokenizer: Tokenizer, path: pathlib.Path, facts: dict) -> None:
     """Refuses a checkpoint of another experiment or tokenizer.
 
     Raises:
         ExperimentError: a field differs that may not, or the tokenizer does.
     """
-    if facts["tokenizer"] != prepared.tokenizer.fingerprint:
+    if facts["tokenizer"] != tokenizer.fingerprint:
         raise ExperimentError(
             f"run folder={path}: the tokenizer changed since the run began; put the data back or start another run"
         )
@@ -91,11 +91,11 @@ def check_facts(declared: Experiment, prepared: Prepared, path: pathlib.Path, fa
 
 
 def _run(job: _Job) -> TrainState:
-    state, shardings = _first_state(job)
+    with job.clock.on("restore"):
+        state, shardings = _first_state(job)
     step, position = int(state.step), int(state.position)
-    job.record.begin(_session(job), _data(job))
+    job.record.begin(_session(job), job.prepared, job.rows.mixture.to_json())
     job.record.cut_back(step)
-    _keep_tokenizer(job)
     session = job.record.manifest["sessions"][-1]
     if position >= job.declared.total_rows:
         job.display.note(f"run {job.declared.name} is complete: {step} steps")
@@ -110,7 +110,7 @@ def _run(job: _Job) -> TrainState:
 def _note_session(job: _Job, position: int) -> None:
     """Brings the manifest up to date: the session's end so far, and the mixture as read."""
     session = job.record.manifest["sessions"][-1]
-    session |= {"to": now(), "position": position}
+    session |= {"to": now(), "position": position, "seconds": job.clock.read()}
     drawn = job.rows.mixture.drawn(position)
     job.record.manifest["mixture"]["rows"] = dict(zip(job.rows.mixture.names, drawn, strict=True))
     job.record.write_manifest()
@@ -122,8 +122,8 @@ def _first_state(job: _Job) -> tuple[TrainState, TrainState]:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if job.checkpoints.latest is None:
         return jax.jit(functools.partial(init_state, job.declared), out_shardings=shardings)(), shardings
-    state, _ = job.checkpoints.restore(
-        abstract, functools.partial(check_facts, job.declared, job.prepared, job.record.path)
+    state = job.checkpoints.restore(
+        abstract, functools.partial(check_facts, job.declared, job.prepared.tokenizer, job.record.path)
     )
     return state, shardings
 
@@ -138,15 +138,21 @@ def _loop(job: _Job, state: TrainState, shardings: TrainState) -> TrainState:
     mine = sharding.local_rows(job.mesh, declared.batch_rows)
     meter = _Meter(job, step, position)
     loader = batches(declared, job.rows, position, mine)
+    compiled = False
     while position < declared.total_rows:
-        batch = sharding.place_batch(next(loader), job.mesh, mine, declared.batch_rows)
-        state, metrics = step_function(state, batch)
+        with job.clock.on("data"):
+            batch = sharding.place_batch(next(loader), job.mesh, mine, declared.batch_rows)
+        with job.clock.on("step" if compiled else "compile"):
+            state, metrics = step_function(state, batch)
+        compiled = True
         step, position = step + 1, min(position + declared.batch_rows, declared.total_rows)
-        stopping = meter.dispatched(metrics)
+        with job.clock.on("step"):
+            stopping = meter.dispatched(metrics)
         last = position >= declared.total_rows
         evaluates = last or _is_due(step, declared.evaluation.every_steps)
         if last or stopping or evaluates or _is_due(step, declared.checkpoint.every_steps):
-            stopping = meter.flush() or stopping
+            with job.clock.on("step"):
+                stopping = meter.flush() or stopping
         saves = last or stopping or _is_due(step, declared.checkpoint.every_steps)
         try:
             if evaluates and not stopping:
@@ -154,14 +160,16 @@ def _loop(job: _Job, state: TrainState, shardings: TrainState) -> TrainState:
         except Interrupted:
             stopping = saves = True
         if saves:
-            job.checkpoints.save(step, state, _facts(job, step, position))
+            with job.clock.on("save"):
+                job.checkpoints.save(step, state, _facts(job, step, position))
             _note_session(job, position)
         if stopping:
             job.checkpoints.wait()
             raise Interrupted(f"stopped after step {step}, which is saved; the same command goes on from there")
         if saves or evaluates:
             meter.resume()
-    job.checkpoints.wait()
+    with job.clock.on("save"):
+        job.checkpoints.wait()
     return state
 
 
@@ -188,7 +196,8 @@ def _evaluate(job: _Job, state: TrainState, step: int) -> None:
             raise Interrupted(f"stopped in the evaluation after step {step}; the same command goes on from there")
         job.display.progress("evaluate", done, total)
 
-    figures = evaluate.bits_per_byte(job.declared, job.prepared, state.params, job.mesh, proceed)
+    with job.clock.on("evaluate"):
+        figures = evaluation.bits_per_byte(job.declared, job.prepared, state.params, job.mesh, proceed)
     if figures:
         job.record.append([{"step": step, "eval": figures}])
         job.display.evaluation(step, figures)
@@ -310,30 +319,3 @@ def _session(job: _Job) -> dict:
         "processes": jax.process_count(),
         "mesh": dict(job.mesh.shape),
     }
-
-
-def _data(job: _Job) -> dict:
-    """Fingerprints and provenance of what the run reads."""
-    job.record.manifest["mixture"] = {
-        "asked": dict(job.declared.data.mixture.weights),
-        "unit": job.declared.data.mixture.unit,
-        "resolved": job.rows.mixture.to_json(),
-    }
-    sources = [*job.prepared.train, *job.prepared.evaluation]
-    job.record.manifest["sources"] = [_provenance(source, store) for source, store in sources]
-    stores = {source.name: store.path.name for source, store in job.prepared.train}
-    return {"tokenizer": job.prepared.tokenizer.fingerprint, "stores": stores}
-
-
-def _provenance(source: Source, store: Store) -> dict:
-    """What a release must say of a source: as declared, with what the store holds."""
-    declared = {field: getattr(source, field) for field in _PROVENANCE} | {"language": fold(source.language)}
-    held = {field: store.manifest[field] for field in ("split", "documents", "tokens", "bytes", "lines", "bad_lines")}
-    return declared | held
-
-
-def _keep_tokenizer(job: _Job) -> None:
-    target = job.record.path / "tokenizer" / "tokenizer.json"
-    if jax.process_index() == 0 and not target.is_file():
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(job.prepared.tokenizer_path, target)

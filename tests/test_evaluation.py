@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from euroflax import evaluate, model, sharding
+from euroflax import evaluation, model, sharding
 from euroflax.data.prepare import prepare
 from tests.conftest import small
 
@@ -40,11 +40,11 @@ def test_it_agrees_with_a_plain_computation(folders, mesh, length):
     )
     prepared = prepare(declared, folders)
     # Short rows cut documents into windows, long ones hold several documents.
-    assert any(len(row) > 1 for row in evaluate._rows(declared, prepared)) == (length == 512)
+    assert any(len(row) > 1 for row in evaluation._rows(declared, prepared)) == (length == 512)
     params = jax.tree.map(lambda p: 4 * p, jax.jit(model.init, static_argnums=0)(declared.model, jax.random.key(0)))
     placed = sharding.make_mesh(declared)
     with jax.set_mesh(placed):
-        found = evaluate.bits_per_byte(declared, prepared, params, placed)
+        found = evaluation.bits_per_byte(declared, prepared, params, placed)
     expected = plain(declared, prepared, params)
     assert found.keys() == expected.keys()
     for key in found:
@@ -61,6 +61,6 @@ def test_a_bound_on_documents_takes_the_first_ones(folders):
     params = jax.jit(model.init, static_argnums=0)(declared.model, jax.random.key(0))
     mesh = sharding.make_mesh(declared)
     with jax.set_mesh(mesh):
-        found = evaluate.bits_per_byte(declared, prepared, params, mesh)
+        found = evaluation.bits_per_byte(declared, prepared, params, mesh)
     expected = plain(declared, dataclasses.replace(prepared, evaluation=tuple(first)), params)
     assert found["bits_per_byte.el"] == pytest.approx(expected["bits_per_byte.el"], rel=1e-5)

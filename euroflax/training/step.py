@@ -10,8 +10,8 @@ import optax
 from euroflax import model
 from euroflax.experiment import Experiment
 from euroflax.sharding import constrain, shardings
-from euroflax.train.objectives import next_token
-from euroflax.train.optimizer import learning_rate, make_optimizer
+from euroflax.training.objectives import next_token
+from euroflax.training.optimizer import learning_rate, make_optimizer
 
 
 @flax.struct.dataclass

@@ -8,15 +8,21 @@ import math
 import os
 import pathlib
 import platform
+import shutil
 from collections.abc import Iterable
 from typing import IO
 
-from euroflax.experiment import Experiment, ExperimentError, to_json
+from euroflax.data.fertility import tokenizer_figures
+from euroflax.data.prepare import Prepared
+from euroflax.data.store import Store
+from euroflax.experiment import Experiment, ExperimentError, Source, to_json
 from euroflax.experiment.codec import shown
 from euroflax.folders import make_folder, replace_file, replace_json
+from euroflax.languages import fold
 
 _MAY_DIFFER = ("mesh.", "checkpoint.", "evaluation.", "training.batch_tokens", "training.accumulation_steps")
 _MAX_FAULTS = 8
+_PROVENANCE = ("name", "licence", "provider", "origin", "opt_out", "generator")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "tensorstore")
 
 
@@ -58,12 +64,19 @@ class Record:
         if self._writes:
             self._lock.close()
 
-    def begin(self, session: dict, data: dict) -> None:
-        """Writes the experiment, and the manifest with a new session.
+    def begin(self, session: dict, prepared: Prepared, mixture: dict) -> None:
+        """Writes the experiment, the tokenizer, and the manifest with a new session.
+
+        Args:
+            session: what this start runs on.
+            prepared: what it reads.
+            mixture: the resolved one.
 
         Raises:
             ExperimentError: the data is not what the run began with.
         """
+        stores = {source.name: store.path.name for source, store in prepared.train}
+        data = {"tokenizer": prepared.tokenizer.fingerprint, "stores": stores}
         before = self.manifest.get("data", data)
         changed = [name for name in before["stores"] if data["stores"].get(name) != before["stores"][name]]
         if before["tokenizer"] != data["tokenizer"]:
@@ -74,12 +87,26 @@ class Record:
                 "put the data back or start a run of another name"
             )
         self.manifest |= {"versions": versions(), "data": data}
+        asked = self._declared.data.mixture
+        self.manifest["mixture"] = {"asked": dict(asked.weights), "unit": asked.unit, "resolved": mixture}
+        self.manifest["sources"] = [_provenance(*part) for part in (*prepared.train, *prepared.evaluation)]
+        if "tokenizer" not in self.manifest and self._writes:
+            self.manifest["tokenizer"] = tokenizer_figures(self._declared, prepared)
         self.manifest["sessions"].append(
             {"from": now(), "to": None, "steps": 0, "flops": 0, "energy_joules": None, **session}
         )
         if self._writes:
             replace_json(self.path / "experiment.json", to_json(self._declared))
+            self._keep_tokenizer(prepared.tokenizer_path)
             self.write_manifest()
+
+    def _keep_tokenizer(self, path: pathlib.Path) -> None:
+        """Copies the tokenizer into the run folder, with what says which tokens begin and end a text."""
+        for file in (path, path.with_name("tokenizer_config.json")):
+            target = self.path / "tokenizer" / ("tokenizer.json" if file == path else file.name)
+            if file.is_file() and not target.is_file():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
 
     def write_manifest(self) -> None:
         """Replaces the manifest with what it is now."""
@@ -108,6 +135,13 @@ class Record:
     def evaluated(self, step: int) -> bool:
         """Whether the evaluation after `step` steps is in the metrics."""
         return step in self._evaluated
+
+
+def _provenance(source: Source, store: Store) -> dict:
+    """What a release must say of a source: as declared, with what the store holds."""
+    declared = {field: getattr(source, field) for field in _PROVENANCE} | {"language": fold(source.language)}
+    held = {field: store.manifest[field] for field in ("split", "documents", "tokens", "bytes", "lines", "bad_lines")}
+    return declared | held
 
 
 def _read_json(file: pathlib.Path) -> dict | None:
