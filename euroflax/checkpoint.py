@@ -156,13 +156,13 @@ class SavedParams:
     """The folder `checkpoints` of a run, which a running job may own; nothing in it is changed."""
     step: int
 
-    def read(self, name: str, index: tuple[slice | int, ...] = ()) -> np.ndarray:
+    def read(self, name: str, index: tuple[slice | int, ...] | None = None) -> np.ndarray:
         """A piece of a parameter, as it was saved: `read("layers/mlp/gate_DF", (3,))` is that of layer 3."""
         if name not in self._opened:
             base = f"file://{(self.path / str(self.step) / 'state').resolve()}/"
             kvstore = {"driver": "ocdbt", "base": base, "path": f"params.{name.replace('/', '.')}/"}
             self._opened[name] = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
-        return self._opened[name][index].read().result()
+        return self._opened[name][index or ()].read().result()
 
     @functools.cached_property
     def _opened(self) -> dict[str, ts.TensorStore]:

@@ -1,5 +1,6 @@
 """What a run shows in a terminal: the plan, progress bars, and bits per byte as a table."""
 
+import io
 import time
 
 from rich.console import Console
@@ -98,8 +99,21 @@ class ConsoleDisplay:
         self._console.print(table)
 
 
+def evaluations_as_html(metrics: list[dict]) -> str:
+    """The table of `ConsoleDisplay.evaluations` for a notebook."""
+    console = Console(record=True, file=io.StringIO(), width=120)
+    ConsoleDisplay(console).evaluations(metrics)
+    return console.export_html(inline_styles=True, code_format="<pre style='line-height:1.2'>{code}</pre>")
+
+
 class SilentDisplay:
-    """Shows nothing: for processes other than the first, and as the default in Python."""
+    """Shows nothing: for processes other than the first, and where `verbs` are called without a display."""
+
+    def evaluations(self, metrics: list[dict]) -> None:
+        """Shows nothing."""
+
+    def close(self) -> None:
+        """Has nothing to take away."""
 
     def note(self, text: str) -> None:
         """Shows nothing."""

@@ -20,9 +20,23 @@ VERBS = {
     "plan": "parameters, tokens, mixture and memory, without an accelerator",
     "prepare": "make the tokenizer and the token stores",
     "evaluate": "bits per byte of the latest checkpoint, by language",
+    "generate": "continue --prompt TEXT by the latest checkpoint",
+    "export": "write the latest checkpoint as a Hugging Face folder, hf in the run folder",
+    "report": "write report.html in the run folder: the run on one page",
 }
-_ON_DEVICES = ("train", "evaluate")
-_WITH_JSON = ("check", "plan", "evaluate")
+_ON_DEVICES = ("train", "evaluate", "generate")
+_ONLY_FOR = {
+    "json": ("check", "plan", "evaluate", "generate"),
+    "prompt": ("generate",),
+    "max_new_tokens": ("generate",),
+    "temperature": ("generate",),
+    "top_k": ("generate",),
+    "top_p": ("generate",),
+    "stop": ("generate",),
+    "seed": ("generate",),
+    "dtype": ("export",),
+}
+"""Flags that mean nothing to other verbs."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,8 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         overrides = dict(_assignment(text) for text in options.set)
         declared = load(options.experiment, overrides)
-        if options.json and options.verb not in _WITH_JSON:
-            raise ExperimentError(f"--json is not for {options.verb}; it goes with {', '.join(_WITH_JSON)}")
+        _check_flags(options)
         stop = Stop()
         _listen(stop)
         return _dispatch(declared, options, stop)
@@ -109,9 +122,32 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="process 0 of a job of several processes")
     parser.add_argument("--process-id", type=int, default=0, metavar="I", help="number of this process")
     parser.add_argument("--process-count", type=int, default=1, metavar="N", help="number of processes")
-    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    parser.add_argument("--json", action="store_true", default=None, help="one JSON document on standard output")
+    _add_flags_of_verbs(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _add_flags_of_verbs(parser: argparse.ArgumentParser) -> None:
+    writing = parser.add_argument_group("generate")
+    writing.add_argument("--prompt", action="append", metavar="TEXT", help="a text to continue; may be repeated")
+    writing.add_argument("--max-new-tokens", type=int, metavar="N", help="the most tokens to write (64)")
+    writing.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token (0)")
+    writing.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens; 0 from all (0)")
+    writing.add_argument("--top-p", type=float, metavar="P", help="draw from as few as have probability P (1)")
+    writing.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    writing.add_argument("--seed", type=int, metavar="N", help="seeds the draws (0)")
+    exporting = parser.add_argument_group("export")
+    exporting.add_argument("--dtype", metavar="TYPE", help="type of the tensors: float32 or bfloat16 (float32)")
+
+
+def _check_flags(options: argparse.Namespace) -> None:
+    for name, verbs in _ONLY_FOR.items():
+        if getattr(options, name) is not None and options.verb not in verbs:
+            flag = f"--{name.replace('_', '-')}"
+            raise ExperimentError(f"{flag} is not for {options.verb}; it goes with {', '.join(verbs)}")
+    if options.verb == "generate" and not options.prompt:
+        raise ExperimentError("generate has nothing to continue; give --prompt TEXT")
 
 
 def _listen(stop: Stop) -> None:
@@ -132,11 +168,17 @@ def _assignment(text: str) -> tuple[str, str]:
 
 
 def _dispatch(declared: Experiment, options: argparse.Namespace, stop: Stop) -> int:
-    from euroflax import devices
     from euroflax.folders import Folders
 
     given = {name: getattr(options, name) for name in ("data_root", "cache_dir", "runs_dir")}
     folders = Folders(**{name: path for name, path in given.items() if path is not None})
+    if options.verb == "report":  # loads no JAX: it is wanted on login nodes too
+        from euroflax import report
+
+        print(f"report      {report.write(folders.run_dir(declared.name))}")
+        return 0
+    from euroflax import devices
+
     processes = devices.Processes(
         coordinator=options.coordinator, process_id=options.process_id, process_count=options.process_count
     )
@@ -146,59 +188,18 @@ def _dispatch(declared: Experiment, options: argparse.Namespace, stop: Stop) -> 
 
     from rich.console import Console
 
-    from euroflax import verbs
+    from euroflax import commands
     from euroflax.console import ConsoleDisplay, SilentDisplay
 
     stop.check()
-    console = Console(stderr=options.json)
-    display = ConsoleDisplay(console)
-    shown = display if options.process_id == 0 else SilentDisplay()
-    result: dict = {}
+    display = ConsoleDisplay(Console(stderr=bool(options.json))) if options.process_id == 0 else SilentDisplay()
     try:
-        if options.verb == "train":
-            run = verbs.train(declared, folders, shown, stop)
-            if options.process_id == 0:
-                display.close()
-                display.evaluations(run.metrics)
-                display.note(f"run folder  {run.path}")
-        elif options.verb == "prepare":
-            prepared = verbs.prepare(declared, folders, shown, stop)
-            display.close()
-            tokens = sum(store.num_tokens for _, store in prepared.train)
-            display.note(f"prepared    {len(prepared.train)} sources, {tokens:,} tokens, in {folders.cache_dir}")
-        elif options.verb == "plan":
-            result = verbs.plan(declared, folders, _device_count(options.devices)).to_json()
-        elif options.verb == "check":
-            result = verbs.check(declared, folders)
-        else:
-            result = verbs.evaluate(declared, folders, shown, stop)
+        result = commands.COMMANDS[options.verb](commands.Call(declared, folders, options, display, stop))
     finally:
         display.close()
     if options.json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))
-    elif options.process_id == 0:
-        _show(options.verb, result, display)
     return 0
-
-
-def _device_count(devices: str | None) -> int | None:
-    return None if devices is None else int(devices.partition(":")[2] or 1)
-
-
-def _show(verb: str, result: dict, display: object) -> None:
-    from euroflax import planning
-    from euroflax.console import ConsoleDisplay
-
-    assert isinstance(display, ConsoleDisplay)
-    if verb == "plan":
-        for line in planning.lines(planning.Plan(**result)):
-            display.note(line)
-    elif verb == "check":
-        for source in result["sources"]:
-            display.note(f"{source['source']}: {source['files']} files, {planning.size(source['file_bytes'])}")
-        display.note(f"{result['name']} is ready")
-    elif verb == "evaluate":
-        display.evaluations([{"step": result.pop("step"), "eval": result}])
 
 
 if __name__ == "__main__":

@@ -164,6 +164,11 @@ def batch_sharding(mesh: jax.sharding.Mesh | AbstractMesh, letters: str = "BL") 
     return NamedSharding(mesh, spec(letters, ACTIVATIONS))
 
 
+def row_ways(mesh: jax.sharding.Mesh | AbstractMesh) -> int:
+    """Over how many devices the rows of a batch are split."""
+    return _ways(spec("B", ACTIVATIONS), mesh)[0]
+
+
 def local_rows(mesh: jax.sharding.Mesh, num_rows: int) -> list[int]:
     """Which rows of a batch of `num_rows` lie on devices of this process, in order."""
     placement = batch_sharding(mesh, "B").addressable_devices_indices_map((num_rows,))

@@ -4,21 +4,25 @@ import dataclasses
 import functools
 import os
 import pathlib
+from collections.abc import Callable, Sequence
 
 import jax
 
-from euroflax import evaluation, planning, sharding
+from euroflax import evaluation, generation, huggingface, model, planning, sharding
 from euroflax.checkpoint import SavedParams, latest_step, open_latest
-from euroflax.console import SilentDisplay
+from euroflax.console import SilentDisplay, evaluations_as_html
 from euroflax.data import documents, mixture
 from euroflax.data import prepare as preparation
+from euroflax.data import tokenizer as tokens
 from euroflax.data.prepare import Prepared
 from euroflax.data.tokenizer import Tokenizer
 from euroflax.experiment import Experiment, ExperimentError
 from euroflax.folders import Folders, make_folder
+from euroflax.generation import Completion, Sampling
+from euroflax.huggingface.card import model_card
 from euroflax.training import loop
 from euroflax.training.clock import Clock
-from euroflax.training.record import read_metrics
+from euroflax.training.record import read_manifest, read_metrics
 from euroflax.training.step import abstract_state
 from euroflax.training.stop import Stop
 
@@ -39,6 +43,9 @@ class Run:
         """The last evaluation: figures by language code, and `mean`."""
         found = [line["eval"] for line in self.metrics if "eval" in line]
         return {key.removeprefix("bits_per_byte."): value for key, value in (found[-1] if found else {}).items()}
+
+    def _repr_html_(self) -> str:
+        return evaluations_as_html(self.metrics)
 
 
 def check(declared: Experiment, folders: Folders) -> dict:
@@ -67,6 +74,11 @@ def check(declared: Experiment, folders: Folders) -> dict:
         faults.append(
             f"data.tokenizer.path={declared_path} names no file below --data-root={folders.data_root}; mend one"
         )
+    if declared.continue_from is not None:
+        try:
+            huggingface.check_agreement(declared, folders.data_root)
+        except ExperimentError as error:
+            faults.extend(error.faults)
     for path, option in ((folders.cache_dir, "--cache-dir"), (folders.run_dir(declared.name), "run folder")):
         try:
             make_folder(path, option)
@@ -127,15 +139,19 @@ def train(
     """
     display, stop, clock = display or SilentDisplay(), stop or Stop(), Clock()
     sharding.make_mesh(declared)
-    make_folder(folders.run_dir(declared.name), "run folder")
+    run_dir = folders.run_dir(declared.name)
+    make_folder(run_dir, "run folder")
+    begins = declared.continue_from is not None and latest_step(run_dir / "checkpoints") is None
+    if begins:
+        huggingface.check_agreement(declared, folders.data_root)
     with clock.on("prepare"):
         prepared = prepare(declared, folders, display, stop)
     display.note(_about_tokenizer(prepared))
     resolved = mixture.resolve(declared, prepared)
     for line in planning.lines(planning.make_plan(declared, jax.device_count(), resolved)):
         display.note(line)
-    run_dir = folders.run_dir(declared.name)
-    params = loop.train(declared, prepared, run_dir, display, stop, clock)
+    weights = huggingface.check_agreement(declared, folders.data_root, prepared.tokenizer) if begins else None
+    params = loop.train(declared, prepared, weights, run_dir, display, stop, clock)
     return Run(run_dir, params, read_metrics(run_dir))
 
 
@@ -179,6 +195,61 @@ def evaluate(
     if not figures:
         raise ExperimentError("evaluation.sources=() and no holdout_fraction leave nothing to evaluate on; state one")
     return {"step": saved.step, **figures}
+
+
+def generate(
+    declared: Experiment,
+    folders: Folders,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    display: loop.Display | None = None,
+    on_text: Callable[[int, str], None] = lambda number, text: None,
+) -> list[Completion]:
+    """Continuations of the prompts by the latest checkpoint of a run; `generation.generate` says the rest.
+
+    Raises:
+        ExperimentError: there is no checkpoint of this experiment, a prompt is longer than the context, or `sampling`
+            is at fault.
+    """
+    run_dir = _trained(declared, folders)
+    mesh = sharding.make_mesh(declared)
+    assert isinstance(mesh, jax.sharding.Mesh)
+    tokenizer = tokens.read(run_dir / "tokenizer" / "tokenizer.json")
+    with jax.set_mesh(mesh):
+        saved = _open_saved(declared, run_dir, tokenizer, display or SilentDisplay())
+        params = saved.place(abstract_state(declared, mesh).params)
+        length = declared.data.sequence_length
+        return generation.generate(declared.model, params, tokenizer, length, prompts, sampling, on_text)
+
+
+def export(
+    declared: Experiment,
+    folders: Folders,
+    dtype: str = "float32",
+    display: loop.Display | None = None,
+    stop: Stop | None = None,
+) -> pathlib.Path:
+    """Writes the latest checkpoint of a run as a Hugging Face folder, `hf` in the run folder, and returns its path.
+
+    Raises:
+        ExperimentError: there is no checkpoint of this experiment, or `dtype` cannot be written.
+        Interrupted: it was stopped; nothing half is left under the name.
+    """
+    display, stop = display or SilentDisplay(), stop or Stop()
+    if dtype not in huggingface.DTYPES:
+        raise ExperimentError(f"dtype={dtype} cannot be written; use one of {', '.join(huggingface.DTYPES)}")
+    run_dir = _trained(declared, folders)
+    tokenizer = run_dir / "tokenizer" / "tokenizer.json"
+    saved = _open_saved(declared, run_dir, tokens.read(tokenizer), display)
+
+    def advance(done: int, total: int) -> None:
+        stop.check()
+        display.progress("export", done, total)
+
+    count = model.num_parameters(declared.model)
+    card = model_card(declared, read_manifest(run_dir), read_metrics(run_dir), count, saved.step)
+    huggingface.export(declared, saved.read, run_dir / "hf", tokenizer, card, dtype, advance=advance)
+    return run_dir / "hf"
 
 
 def _trained(declared: Experiment, folders: Folders) -> pathlib.Path:

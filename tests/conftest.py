@@ -33,6 +33,7 @@ SMALL = {
     "checkpoint.every_steps": 2,
     "checkpoint.keep_every_steps": None,
     "evaluation.every_steps": 3,
+    "evaluation.sample_tokens": 0,
 }
 
 

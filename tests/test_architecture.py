@@ -17,14 +17,19 @@ RANKS = {
     "data": 3,
     "model": 4,
     "checkpoint": 5,
+    "huggingface": 5,
+    "generation": 5,
     "evaluation": 6,
     "training": 7,
     "planning": 8,
+    "report": 8,
     "verbs": 9,
-    "run": 10,
+    "interface": 10,
+    "commands": 10,
+    "run": 11,
     "sample": 0,
 }
-RANK_OF_PACKAGE_INIT = 11
+RANK_OF_PACKAGE_INIT = 12
 
 
 def part(path: pathlib.Path) -> str:

@@ -18,8 +18,10 @@ from euroflax.data.loader import Rows, batches
 from euroflax.data.prepare import Prepared
 from euroflax.data.tokenizer import Tokenizer
 from euroflax.experiment import Experiment, ExperimentError, Interrupted, RunFailed, to_json
+from euroflax.huggingface import Folder
 from euroflax.training.clock import Clock
 from euroflax.training.record import Record, differences, now
+from euroflax.training.samples import write_samples
 from euroflax.training.step import TrainState, abstract_state, init_state, train_step
 from euroflax.training.stop import Stop
 
@@ -48,6 +50,7 @@ class _Job:
 
     declared: Experiment
     prepared: Prepared
+    weights: Folder | None
     rows: Rows
     mesh: jax.sharding.Mesh
     record: Record
@@ -58,9 +61,17 @@ class _Job:
 
 
 def train(
-    declared: Experiment, prepared: Prepared, run_dir: pathlib.Path, display: Display, stop: Stop, clock: Clock
+    declared: Experiment,
+    prepared: Prepared,
+    weights: Folder | None,
+    run_dir: pathlib.Path,
+    display: Display,
+    stop: Stop,
+    clock: Clock,
 ) -> dict:
     """Trains from the latest checkpoint, or from the beginning, to the end; returns the parameters.
+
+    The beginning is `weights` where they are given, and random ones otherwise.
 
     Raises:
         ExperimentError: the run folder, the mesh or the data does not fit the experiment.
@@ -73,7 +84,7 @@ def train(
         checkpoints = Checkpoints(run_dir / "checkpoints", declared.checkpoint, display.note)
         with contextlib.closing(checkpoints):
             rows = Rows(declared, prepared)
-            return _run(_Job(declared, prepared, rows, mesh, record, checkpoints, display, stop, clock)).params
+            return _run(_Job(declared, prepared, weights, rows, mesh, record, checkpoints, display, stop, clock)).params
 
 
 def check_facts(declared: Experiment, tokenizer: Tokenizer, path: pathlib.Path, facts: dict) -> None:
@@ -102,7 +113,11 @@ def _run(job: _Job) -> TrainState:
     elif step:
         job.display.note(f"goes on after step {step} of run {job.declared.name}")
     try:
-        return _loop(job, state, shardings)
+        state = _loop(job, state, shardings)
+        if job.declared.evaluation.sample_tokens:
+            with job.clock.on("sample"):
+                _sample(job, state)
+        return state
     finally:
         _note_session(job, session.get("position", position))
 
@@ -121,7 +136,10 @@ def _first_state(job: _Job) -> tuple[TrainState, TrainState]:
     abstract = abstract_state(job.declared, job.mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if job.checkpoints.latest is None:
-        return jax.jit(functools.partial(init_state, job.declared), out_shardings=shardings)(), shardings
+        state = jax.jit(functools.partial(init_state, job.declared), out_shardings=shardings)()
+        if job.weights is not None:
+            state = state.replace(params=job.weights.place(job.declared.model, abstract.params))
+        return state, shardings
     state = job.checkpoints.restore(
         abstract, functools.partial(check_facts, job.declared, job.prepared.tokenizer, job.record.path)
     )
@@ -201,6 +219,13 @@ def _evaluate(job: _Job, state: TrainState, step: int) -> None:
     if figures:
         job.record.append([{"step": step, "eval": figures}])
         job.display.evaluation(step, figures)
+
+
+def _sample(job: _Job, state: TrainState) -> None:
+    """Keeps what the finished model writes, unless it is there."""
+    step = int(state.step)
+    if not _agree(jax.process_index() == 0 and job.record.sampled(step)):
+        write_samples(job.declared, job.prepared, state.params, job.record, step)
 
 
 def _agree(wish: bool) -> bool:

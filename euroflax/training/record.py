@@ -132,6 +132,14 @@ class Record:
             file.flush()
             os.fsync(file.fileno())
 
+    def keep_samples(self, samples: dict) -> None:
+        """Writes what the model wrote after `samples["step"]` steps."""
+        replace_json(self.path / "samples.json", samples)
+
+    def sampled(self, step: int) -> bool:
+        """Whether what the model wrote after `step` steps is kept."""
+        return (_read_json(self.path / "samples.json") or {}).get("step") == step
+
     def evaluated(self, step: int) -> bool:
         """Whether the evaluation after `step` steps is in the metrics."""
         return step in self._evaluated
@@ -186,6 +194,18 @@ def _leaves(value: object, path: str) -> Iterable[tuple[str, object]]:
             yield from _leaves(item, f"{path}[{index}]")
     else:
         yield path, value
+
+
+def read_manifest(path: pathlib.Path) -> dict:
+    """The manifest of a run.
+
+    Raises:
+        ExperimentError: the run has none, or it is harmed.
+    """
+    manifest = _read_json(path / "manifest.json")
+    if manifest is None:
+        raise ExperimentError(f"run folder={path} holds no manifest.json; train first")
+    return manifest
 
 
 def read_metrics(path: pathlib.Path) -> list[dict]:

@@ -1,0 +1,133 @@
+"""What each verb of the command line shows of what `verbs` does; what it returns is printed under --json."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+
+from euroflax import planning, report, verbs
+from euroflax.console import ConsoleDisplay, SilentDisplay
+from euroflax.experiment import Experiment
+from euroflax.folders import Folders
+from euroflax.generation import Sampling
+from euroflax.training.stop import Stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One command."""
+
+    declared: Experiment
+    folders: Folders
+    options: argparse.Namespace
+    display: ConsoleDisplay | SilentDisplay
+    """Shows nothing in processes other than the first."""
+    stop: Stop
+
+
+def _train(call: Call) -> None:
+    run = verbs.train(call.declared, call.folders, call.display, call.stop)
+    call.display.close()
+    call.display.evaluations(run.metrics)
+    call.display.note(f"run folder  {run.path}")
+    if call.options.process_id == 0:
+        call.display.note(f"report      {report.write(run.path)}")
+
+
+def _check(call: Call) -> dict:
+    found = verbs.check(call.declared, call.folders)
+    for source in found["sources"]:
+        call.display.note(f"{source['source']}: {source['files']} files, {planning.size(source['file_bytes'])}")
+    call.display.note(f"{found['name']} is ready")
+    return found
+
+
+def _plan(call: Call) -> dict:
+    devices = call.options.devices
+    count = None if devices is None else int(devices.partition(":")[2] or 1)
+    made = verbs.plan(call.declared, call.folders, count)
+    for line in planning.lines(made):
+        call.display.note(line)
+    return made.to_json()
+
+
+def _prepare(call: Call) -> None:
+    prepared = verbs.prepare(call.declared, call.folders, call.display, call.stop)
+    call.display.close()
+    tokens = sum(store.num_tokens for _, store in prepared.train)
+    call.display.note(f"prepared    {len(prepared.train)} sources, {tokens:,} tokens, in {call.folders.cache_dir}")
+
+
+def _evaluate(call: Call) -> dict:
+    found = verbs.evaluate(call.declared, call.folders, call.display, call.stop)
+    call.display.close()
+    figures = {key: value for key, value in found.items() if key != "step"}
+    call.display.evaluations([{"step": found["step"], "eval": figures}])
+    return found
+
+
+def _generate(call: Call) -> list[dict]:
+    options = call.options
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    sampling = dataclasses.replace(Sampling(), **given | {"stop": tuple(options.stop or ())})
+    stream = _Stream(options.prompt) if options.process_id == 0 and not options.json else None
+    found = verbs.generate(
+        call.declared, call.folders, options.prompt, sampling, call.display, stream.write if stream else _ignore
+    )
+    if stream:
+        stream.finish()
+    return [dataclasses.asdict(completion) for completion in found]
+
+
+def _ignore(number: int, text: str) -> None:
+    """Prints nothing."""
+
+
+class _Stream:
+    """Prints continuations as they are written: one prompt at a time, the later ones once their turn comes."""
+
+    def __init__(self, prompts: list[str]) -> None:
+        self._prompts, self._current = prompts, -1
+        self._waiting = [""] * len(prompts)
+
+    def write(self, number: int, text: str) -> None:
+        """Takes what was just written after a prompt."""
+        self._waiting[number] += text
+        if self._current < 0:
+            self._turn()
+        if number == self._current:
+            self._print()
+
+    def _turn(self) -> None:
+        self._current += 1
+        sys.stdout.write(("\n\n" if self._current else "") + self._prompts[self._current])
+        self._print()
+
+    def _print(self) -> None:
+        sys.stdout.write(self._waiting[self._current])
+        sys.stdout.flush()
+        self._waiting[self._current] = ""
+
+    def finish(self) -> None:
+        """Prints what waits for its turn."""
+        while self._current + 1 < len(self._prompts):
+            self._turn()
+        sys.stdout.write("\n")
+
+
+def _export(call: Call) -> None:
+    path = verbs.export(call.declared, call.folders, call.options.dtype or "float32", call.display, call.stop)
+    call.display.close()
+    call.display.note(f"exported    {path}")
+
+
+COMMANDS: dict[str, Callable[[Call], object]] = {
+    "train": _train,
+    "check": _check,
+    "plan": _plan,
+    "prepare": _prepare,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "export": _export,
+}

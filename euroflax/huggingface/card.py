@@ -1,0 +1,120 @@
+"""The model card: what a run's record says of its model, for the people who will use it."""
+
+import json
+
+from euroflax.experiment import Experiment
+from euroflax.languages import LANGUAGES
+
+
+def model_card(declared: Experiment, manifest: dict, metrics: list[dict], num_parameters: int, step: int) -> str:
+    """The README.md of an exported model, Markdown with the front matter that model hubs read.
+
+    Args:
+        declared: the experiment.
+        manifest: that of the run.
+        metrics: its metrics.
+        num_parameters: all parameters of the model.
+        step: the completed steps of the checkpoint that is exported.
+    """
+    model = declared.model
+    tokens = min(step * declared.batch_rows, declared.total_rows) * declared.data.sequence_length
+    heads = f"{model.num_heads} heads over {model.num_kv_heads} key heads of width {model.head_dim}"
+    sections = [
+        _front_matter(declared),
+        f"# {declared.name}",
+        f"A base model of {num_parameters:,} parameters in {len(declared.language_codes)} languages, trained with "
+        f"Euroflax on {tokens:,} tokens. It continues text; it has not been taught to follow instructions or to "
+        "decline anything.",
+        "## Languages",
+        ", ".join(f"{_name(code)} ({code})" for code in declared.language_codes),
+        "## Model",
+        f"{model.num_layers} layers of width {model.embed_dim}, {heads}, feed-forward width {model.mlp_dim}, "
+        f"{model.vocab_size:,} tokens in the vocabulary, a context of {declared.data.sequence_length:,} tokens; "
+        f"RMSNorm, rotary positions (base {model.rope_theta:g}), SwiGLU"
+        f"{', QK-norm' if model.qk_norm else ''}{', tied embedding' if model.tied_output else ''}.",
+        "## Data",
+        _sources(declared, manifest),
+        "## Evaluation",
+        _evaluation(metrics, step),
+        "## Training",
+        _training(declared, manifest, step),
+        "## Licence",
+        "The record of the run states the licences of its sources, above, and none for the weights: whoever publishes "
+        "them states it here.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _name(code: str) -> str:
+    return LANGUAGES[code].name if code in LANGUAGES else code
+
+
+def _front_matter(declared: Experiment) -> str:
+    """YAML, in the part of it that is JSON too."""
+    languages = "\n".join(f"- {json.dumps(code)}" for code in declared.language_codes)
+    base = f"\nbase_model: {json.dumps(declared.continue_from)}" if declared.continue_from else ""
+    return f"---\nlanguage:\n{languages}\nlibrary_name: transformers\npipeline_tag: text-generation{base}\n---"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in row) + " |" for row in cells
+    )
+
+
+def _sources(declared: Experiment, manifest: dict) -> str:
+    drawn, epochs = manifest["mixture"].get("rows", {}), manifest["mixture"]["resolved"]["rows_per_epoch"]
+    rows = []
+    for source in manifest["sources"]:
+        read = drawn.get(source["name"], 0) if source["split"] == "train" else None
+        rows.append(
+            [
+                source["name"],
+                _name(source["language"]),
+                source["licence"],
+                source["provider"],
+                source["origin"] + (f" by {source['generator']}" if source["generator"] else ""),
+                source["opt_out"],
+                f"{source['documents']:,}",
+                f"{source['bytes']:,}",
+                "held out" if read is None else f"{read * declared.data.sequence_length:,}",
+                "" if read is None else f"{read / epochs[source['name']]:.2f}",
+            ]
+        )
+    header = ["source", "language", "licence", "provider", "origin", "opt-outs"]
+    return _table([*header, "documents", "bytes", "tokens read", "epochs"], rows)
+
+
+def _evaluation(metrics: list[dict], step: int) -> str:
+    found = [line for line in metrics if "eval" in line and line["step"] <= step]
+    if not found:
+        return "Not measured."
+    last = found[-1]
+    rows = [
+        [_name(key.removeprefix("bits_per_byte.")), f"{value:.4f}" if value is not None else "not finite"]
+        for key, value in last["eval"].items()
+    ]
+    return f"Bits per byte of held-out text after step {last['step']}.\n\n" + _table(
+        ["language", "bits per byte"], rows
+    )
+
+
+def _training(declared: Experiment, manifest: dict, step: int) -> str:
+    schedule, sessions = declared.training.schedule, manifest["sessions"]
+    flops = sum(session["flops"] for session in sessions)
+    hours = sum(sum(s.get("seconds", {}).values()) * s["devices"] for s in sessions) / 3600
+    hardware = sorted({f"{session['devices']} x {session['device_kind']}" for session in sessions})
+    energy = [session["energy_joules"] for session in sessions]
+    joules = "not measured" if None in energy else f"{sum(energy):,.0f} J"
+    lines = [
+        f"- {step:,} steps of {declared.training.batch_tokens:,} tokens; {schedule.kind} schedule, peak learning rate "
+        f"{schedule.peak_learning_rate:g}, AdamW ({declared.training.adam_beta1:g}, {declared.training.adam_beta2:g}), "
+        f"decay {declared.training.weight_decay:g}, compute in {declared.model.compute_dtype}",
+        f"- Began with {f'the weights of {declared.continue_from}' if declared.continue_from else 'random weights'}, "
+        f"seed {declared.training.seed}",
+        f"- {', '.join(hardware)}; {hours:.2f} device-hours in {len(sessions)} sessions; "
+        f"{flops:.3g} FLOPs by arithmetic over the model; energy {joules}",
+        f"- {', '.join(f'{name} {version}' for name, version in manifest['versions'].items())}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""A run's parameters as a Hugging Face folder: written shard by shard, with a card from the run's record."""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from euroflax.data import tokenizer as tokens
+from euroflax.experiment import Experiment
+from euroflax.folders import replace_json
+from euroflax.huggingface.names import Tensor, tensors, to_config
+
+DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+"""Types in which tensors can be written."""
+SHARD_BYTES = 5_000_000_000
+
+Read = Callable[[str, tuple[int, ...]], np.ndarray]
+"""Gives a parameter by our name, or, with an index, one layer of it."""
+
+
+def export(
+    declared: Experiment,
+    read: Read,
+    folder: pathlib.Path,
+    tokenizer: pathlib.Path,
+    card: str,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load; one that is there is replaced when whole.
+
+    Memory holds one shard and one tensor.
+
+    Args:
+        declared: the experiment.
+        read: gives its parameters.
+        folder: what to write.
+        tokenizer: the tokenizer.json of the run.
+        card: the text of its README.md.
+        dtype: the type of the tensors, one of `DTYPES`.
+        shard_bytes: the most that one file of weights holds; one tensor at least.
+        advance: told the tensors written and in all.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    shards = list(_shards(tensors(declared.model), DTYPES[dtype].itemsize, shard_bytes))
+    done, total = 0, sum(map(len, shards))
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        written = {}
+        for tensor in shard:
+            value = read(tensor.ours, () if tensor.layer is None else (tensor.layer,))
+            written[tensor.theirs] = tensor.to_theirs(value.astype(DTYPES[dtype], copy=False))
+            weight_map[tensor.theirs] = file
+            done += 1
+            advance(done, total)
+        save_file(written, partial / file, metadata={"format": "pt"})
+        (partial / file).chmod(partial.stat().st_mode & 0o666)  # the library writes it for its owner alone
+    if len(shards) > 1:
+        size = sum(_bytes(tensor, DTYPES[dtype].itemsize) for shard in shards for tensor in shard)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        replace_json(partial / "model.safetensors.index.json", index)
+    _write_rest(declared, partial, tokenizer, dtype)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    if folder.exists():
+        old = folder.with_name(f"{folder.name}.old-{os.urandom(4).hex()}")
+        folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old)
+    else:
+        partial.rename(folder)
+
+
+def _bytes(tensor: Tensor, width: int) -> int:
+    return int(np.prod(tensor.shape)) * width
+
+
+def _shards(listed: list[Tensor], width: int, shard_bytes: int) -> Iterator[list[Tensor]]:
+    """The tensors in order, as many in a shard as it holds."""
+    shard: list[Tensor] = []
+    filled = 0
+    for tensor in listed:
+        if shard and filled + _bytes(tensor, width) > shard_bytes:
+            yield shard
+            shard, filled = [], 0
+        shard.append(tensor)
+        filled += _bytes(tensor, width)
+    yield shard
+
+
+def _write_rest(declared: Experiment, folder: pathlib.Path, tokenizer: pathlib.Path, dtype: str) -> None:
+    """The configuration of model, generation and tokenizer."""
+    known = tokens.read(tokenizer)
+    ids = {"bos_token_id": known.bos, "eos_token_id": known.eos, "pad_token_id": known.pad}
+    replace_json(folder / "config.json", to_config(declared, ids, dtype))
+    replace_json(folder / "generation_config.json", {"do_sample": False, **ids})
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    beside = tokenizer.with_name("tokenizer_config.json")
+    declared_config = json.loads(beside.read_bytes()) if beside.is_file() else {}
+    roles = {role: known.inner.id_to_token(ids[f"{role}_id"]) for role in ("bos_token", "eos_token", "pad_token")}
+    defaults = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "model_max_length": declared.data.sequence_length,
+        **roles,
+    }
+    replace_json(folder / "tokenizer_config.json", defaults | declared_config)

@@ -1,0 +1,46 @@
+"""What the finished model writes after the beginning of a held-out text in each language."""
+
+import jax
+
+from euroflax import generation
+from euroflax.data.prepare import Prepared
+from euroflax.experiment import Experiment
+from euroflax.generation import Sampling
+from euroflax.languages import fold
+from euroflax.training.record import Record
+
+_PROMPT_TOKENS = 16
+_TEMPERATURE = 0.7
+_TOP_P = 0.9
+
+
+def write_samples(declared: Experiment, prepared: Prepared, params: dict, record: Record, step: int) -> None:
+    """Writes `samples.json` into the run folder: language, document, prompt and continuation.
+
+    The prompt is the first sixteen tokens of the first document that is evaluated on. All processes of a job take part.
+    """
+    prompts: dict[str, tuple[str, str]] = {}
+    for source, store in prepared.evaluation:
+        code = fold(source.language) or source.language
+        if code in prompts or not store.num_documents:
+            continue
+        start, stop = store.document(0)
+        stop = min(stop - 1, start + 1 + _PROMPT_TOKENS, start + declared.data.sequence_length // 2)
+        text = prepared.tokenizer.decode(store.read(start + 1, stop).tolist()).rstrip("\ufffd")
+        prompts[code] = (store.documents([0])[0]["id"], text)
+    sampling = Sampling(
+        max_new_tokens=declared.evaluation.sample_tokens,
+        temperature=_TEMPERATURE,
+        top_p=_TOP_P,
+        seed=declared.training.seed,
+    )
+    texts = [text for _, text in prompts.values()]
+    length = declared.data.sequence_length
+    found = generation.generate(declared.model, params, prepared.tokenizer, length, texts, sampling)
+    rows = [
+        {"language": code, "document": document, "prompt": text, "text": written.text}
+        for (code, (document, text)), written in zip(prompts.items(), found, strict=True)
+    ]
+    drawn = {"temperature": _TEMPERATURE, "top_p": _TOP_P, "seed": sampling.seed}
+    if jax.process_index() == 0:
+        record.keep_samples({"step": step, **drawn, "samples": rows})
