@@ -48,8 +48,15 @@ def set_up(declared: Experiment, devices: str | None, cache_dir: pathlib.Path, p
         platform, _, count = devices.partition(":")
         if platform != "cpu" or not (count or "1").isdigit() or int(count or 1) < 1:
             raise ExperimentError(f"--devices={devices} cannot be simulated; use cpu or cpu:N, for example cpu:8")
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", int(count or 1))
+        try:
+            jax.config.update("jax_num_cpu_devices", int(count or 1))
+            jax.config.update("jax_platforms", "cpu")
+        except RuntimeError as error:  # JAX has its devices already
+            if (jax.default_backend(), jax.device_count()) != ("cpu", int(count or 1)):
+                raise ExperimentError(
+                    f"devices={devices} comes too late: JAX already has {jax.device_count()} {jax.default_backend()} "
+                    "devices; ask for it first, in a fresh interpreter"
+                ) from error
     if processes.coordinator is not None:
         _join(processes)
     # A CPU program with oneDNN calls cannot be serialised, and trying has been seen to take a minute.

@@ -1,6 +1,7 @@
 """The plan of a run by arithmetic: parameters, tokens, mixture and memory, before anything is computed."""
 
 import dataclasses
+import html
 import math
 
 import jax
@@ -33,6 +34,11 @@ class Plan:
     def to_json(self) -> dict:
         """The plan as JSON."""
         return dataclasses.asdict(self)
+
+    def _repr_html_(self) -> str:
+        rows = (line.partition(" ") for line in lines(self))
+        cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(text.strip())}</td></tr>" for name, _, text in rows)
+        return f"<table style='text-align:left'>{''.join(cells)}</table>"
 
 
 def make_plan(declared: Experiment, num_devices: int, resolved: Resolved | None = None) -> Plan:

@@ -1,8 +1,258 @@
-"""x"""
+"""`report.html`: a run on one page, from its folder alone. Needs no network to be read and no JAX to be written."""
 
+import dataclasses
+import json
+import math
 import pathlib
+import statistics
+from collections.abc import Iterable, Sequence
+
+import jinja2
+
+from euroflax.experiment import Experiment, ExperimentError, from_json
+from euroflax.folders import replace_file
+from euroflax.languages import LANGUAGES
+from euroflax.training.record import read_manifest, read_metrics
+
+_POINTS = 300
+_COLUMNS = 6
+
+Point = tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """Lines in a plane of 100 by 100, y downwards, with what its axes say."""
+
+    path: str
+    """The `d` of an SVG path; broken where a value is not finite."""
+    dots: list[Point]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    first: float
+    last: float
+    label: str
 
 
 def write(run_dir: pathlib.Path) -> pathlib.Path:
-    """X"""
-    return run_dir
+    """Writes `report.html` into the folder of a run, finished or not, and returns its path.
+
+    Raises:
+        ExperimentError: the folder holds no run.
+    """
+    file = run_dir / "experiment.json"
+    if not file.is_file():
+        raise ExperimentError(f"run folder={run_dir} holds no run; train first")
+    declared = from_json(json.loads(file.read_bytes()))
+    samples = run_dir / "samples.json"
+    page = _render(
+        declared,
+        read_manifest(run_dir),
+        read_metrics(run_dir),
+        json.loads(samples.read_bytes()) if samples.is_file() else None,
+    )
+    replace_file(run_dir / "report.html", page)
+    return run_dir / "report.html"
+
+
+def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: dict | None) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("euroflax", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"number": number, "name": _name, "percent": _percent, "seconds": _duration}
+    steps = [line for line in metrics if "loss" in line]
+    evaluations = _evaluations(declared, metrics)
+    speeds = [(line["tokens"], line["tokens_per_second"]) for line in steps]
+    figures = {
+        "declared": declared,
+        "manifest": manifest,
+        "steps": steps,
+        "done": steps[-1]["tokens"] if steps else 0,
+        "total": declared.total_rows * declared.data.sequence_length,
+        "evaluations": evaluations,
+        "columns": _columns(evaluations),
+        "loss": chart([(line["tokens"], line["loss"]) for line in steps], "nats a token"),
+        "speed": chart(speeds, "tokens a second", from_zero=True),
+        "median_speed": statistics.median(speed for _, speed in speeds) if speeds else None,
+        "languages": _languages(declared, steps, evaluations),
+        "mixture": _mixture(declared, manifest),
+        "seconds": _seconds(manifest),
+        "samples": samples,
+        "experiment": (json.dumps(dataclasses.asdict(declared), indent=2, ensure_ascii=False)),
+    }
+    return environment.get_template("report.html.j2").render(figures)
+
+
+def _evaluations(declared: Experiment, metrics: list[dict]) -> list[dict]:
+    """Each evaluation with the tokens read before it and its figures by language."""
+    batch = declared.batch_rows
+    return [
+        {
+            "step": line["step"],
+            "tokens": min(line["step"] * batch, declared.total_rows) * declared.data.sequence_length,
+            "figures": {key.removeprefix("bits_per_byte."): value for key, value in line["eval"].items()},
+        }
+        for line in metrics
+        if "eval" in line
+    ]
+
+
+def _columns(evaluations: list[dict]) -> list[dict]:
+    """As many evaluations as a table has room for: the first, the last, and some between."""
+    last = len(evaluations) - 1
+    picks = {round(i * last / (_COLUMNS - 1)) for i in range(_COLUMNS)} if last >= _COLUMNS else range(last + 1)
+    return [evaluations[i] for i in sorted(picks)]
+
+
+def _languages(declared: Experiment, steps: list[dict], evaluations: list[dict]) -> list[dict]:
+    """The curves of each language, on axes that all languages share."""
+    codes = [*declared.language_codes]
+    losses = {c: [(s["tokens"], s["loss_by_language"][c]) for s in steps if c in s["loss_by_language"]] for c in codes}
+    bits = {c: [(e["tokens"], e["figures"][c]) for e in evaluations if c in e["figures"]] for c in codes}
+    loss_range, bits_range = (_range(y for points in all_.values() for _, y in points) for all_ in (losses, bits))
+    right = max((line["tokens"] for line in (*steps, *evaluations)), default=0)
+    found = [
+        {
+            "code": code,
+            "loss": chart(losses[code], "loss, nats a token", between=loss_range, right=right, ticks=3),
+            "bits": chart(bits[code], "bits per byte", between=bits_range, right=right, ticks=3, dots=True),
+        }
+        for code in codes
+    ]
+    return sorted(found, key=lambda entry: _name(entry["code"]))
+
+
+def _mixture(declared: Experiment, manifest: dict) -> list[dict]:
+    """Each source with its share as asked and as read, in the unit in which it was asked."""
+    mixture = manifest["mixture"]
+    rows, epochs = mixture.get("rows", {}), mixture["resolved"]["rows_per_epoch"]
+    train = [source for source in manifest["sources"] if source["split"] == "train"]
+    unit = mixture["unit"]
+    read = {s["name"]: rows.get(s["name"], 0) * s[unit] / epochs[s["name"]] for s in train}
+    asked = mixture["asked"] or {s["name"]: s[unit] / sum(t[unit] for t in train) for s in train}
+    total = sum(read.values())
+    return [
+        {
+            "source": source,
+            "asked": asked[source["name"]],
+            "read": read[source["name"]] / total if total else None,
+            "tokens": rows.get(source["name"], 0) * declared.data.sequence_length,
+            "epochs": rows.get(source["name"], 0) / epochs[source["name"]],
+        }
+        for source in train
+    ]
+
+
+def _seconds(manifest: dict) -> list[tuple[str, float]]:
+    """Wall-clock seconds of all sessions by what they were spent on, most first."""
+    spent: dict[str, float] = {}
+    for session in manifest["sessions"]:
+        for doing, seconds in session.get("seconds", {}).items():
+            spent[doing] = spent.get(doing, 0.0) + seconds
+    return sorted(spent.items(), key=lambda entry: -entry[1])
+
+
+def chart(
+    points: Sequence[tuple[float, float | None]],
+    label: str,
+    between: tuple[float, float] | None = None,
+    right: float | None = None,
+    ticks: int = 4,
+    *,
+    from_zero: bool = False,
+    dots: bool = False,
+) -> Chart | None:
+    """A line through points `(x, y)`; None where no value is finite. Many points become their means.
+
+    Args:
+        points: in the order of x, which begins at 0.
+        label: what y is.
+        between: the least and the greatest y that are shown; by default those of the points.
+        right: the greatest x that is shown; by default that of the points.
+        ticks: about as many on each axis.
+        from_zero: whether y is shown from 0.
+        dots: whether each point is marked.
+    """
+    if not [y for _, y in points if y is not None]:
+        return None
+    points = _thinned(points)
+    low, high = between or _range(y for _, y in points)
+    low = 0.0 if from_zero else low
+    right = right or max(x for x, _ in points) or 1.0
+    span = (high - low) or 1.0
+    path, pen, placed = [], "M", []
+    for x, y in points:
+        if y is None:
+            pen = "M"
+            continue
+        at = (round(100 * x / right, 2), round(100 * (high - y) / span, 2))
+        path.append(f"{pen}{at[0]} {at[1]}")
+        placed.append(at)
+        pen = "L"
+    finite = [y for _, y in points if y is not None]
+    x_ticks = [(round(100 * x / right, 1), number(x)) for x in _round_values(0, right, ticks)]
+    y_ticks = [(round(100 * (high - y) / span, 1), number(y)) for y in _round_values(low, low + span, ticks)]
+    return Chart(" ".join(path), placed if dots else [], x_ticks, y_ticks, finite[0], finite[-1], label)
+
+
+def _round_values(low: float, high: float, count: int) -> list[float]:
+    """About `count` round values between two.
+
+    >>> _round_values(2.24, 5.85, 4)
+    [3.0, 4.0, 5.0]
+    """
+    magnitude = 10.0 ** math.floor(math.log10((high - low) / count))
+    steps = [magnitude * size for size in (1, 2, 2.5, 5, 10)]
+    step = min(steps, key=lambda size: abs((high - low) / size - count))
+    return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _thinned(points: Sequence[tuple[float, float | None]]) -> Sequence[tuple[float, float | None]]:
+    """At most `_POINTS` points: each the mean of its neighbours, the last one as it is."""
+    size = math.ceil(len(points) / _POINTS)
+    if size <= 1:
+        return points
+    found: list[tuple[float, float | None]] = []
+    for start in range(0, len(points) - 1, size):
+        part = points[start : min(start + size, len(points) - 1)]
+        values = [y for _, y in part if y is not None]
+        found.append((part[-1][0], statistics.fmean(values) if values else None))
+    return [*found, points[-1]]
+
+
+def _range(values: Iterable[float | None]) -> tuple[float, float]:
+    """The least and the greatest value with a little room."""
+    finite = [value for value in values if value is not None]
+    if not finite:
+        return 0.0, 1.0
+    low, high = min(finite), max(finite)
+    room = 0.04 * (high - low or abs(high) or 1.0)
+    return low - room, high + room
+
+
+def number(value: float | None) -> str:
+    """A number in few characters: 1.23M.
+
+    >>> [number(x) for x in (None, 0, 0.0312, 4.3, 1234, 327_680, 8_900_000, 2e12)]
+    ['not measured', '0', '0.0312', '4.3', '1,234', '328k', '8.9M', '2T']
+    """
+    if value is None:
+        return "not measured"
+    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(size, 1e4):
+            return f"{value / size:.3g}{letter}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{100 * value:.3g}%"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _name(code: str) -> str:
+    return LANGUAGES[code].name if code in LANGUAGES else code

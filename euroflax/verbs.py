@@ -104,7 +104,7 @@ def prepare(
         stop.check()
         display.progress(task, done, total)
 
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized() and jax.process_count() > 1:  # the count alone would start the devices
         return preparation.open_prepared(declared, folders)
     return preparation.prepare(declared, folders, progress)
 

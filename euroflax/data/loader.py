@@ -1,6 +1,7 @@
 """The loader: the rows of a run as a pure function of position, and batches of them through Grain."""
 
 import dataclasses
+import html
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -31,6 +32,18 @@ class PlacedRow:
     epoch: int
     documents: list[dict]
     """The documents of the row: id, bytes, and provider and licence where they vary."""
+    texts: list[str]
+    """The text of each document, as much of it as the row holds."""
+
+    def _repr_html_(self) -> str:
+        shades = ("#cfe0f5", "#f5e6c4")
+        parts = [
+            f"<span title='{html.escape(document['id'])}' style='background:{shades[i % 2]};color:#111'>"
+            f"{html.escape(text)}</span>"
+            for i, (document, text) in enumerate(zip(self.documents, self.texts, strict=True))
+        ]
+        about = f"{self.source.name} ({self.source.language}), epoch {self.epoch}, {len(self.documents)} documents"
+        return f"<p>{html.escape(about)}</p><p style='white-space:pre-wrap'>{''.join(parts)}</p>"
 
 
 class Rows:
@@ -55,7 +68,10 @@ class Rows:
         """Row `index` of the run with its source and documents."""
         row, source, epoch = self._cut(index)
         declared, store = self._prepared.train[source]
-        return PlacedRow(row, declared, epoch, store.documents(list(row.documents)))
+        tokens, segments = row.tokens, row.segment_ids
+        parts = [tokens[segments == segment + 1].tolist() for segment in range(len(row.documents))]
+        texts = [self._prepared.tokenizer.decode(part) for part in parts]
+        return PlacedRow(row, declared, epoch, store.documents(list(row.documents)), texts)
 
     def batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """The given rows of the run as a batch, `[len(indices), L]` each; rows past the run's end are masked."""

@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import pathlib
 import shutil
@@ -69,6 +70,8 @@ def prepare(experiment: Experiment, folders: Folders, progress: Progress = lambd
         ExperimentError: a source has no files, no documents or too many unreadable lines, or the vocabulary
             cannot be filled.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker runs the script that called
+        raise ExperimentError("prepare was called in a worker of itself; call it below if __name__ == '__main__':")
     make_folder(folders.cache_dir, "--cache-dir")
     digests = _digests(experiment, folders, progress)
     _check_held_out(experiment, digests)

@@ -71,7 +71,8 @@ def _result(future: concurrent.futures.Future, source: Source) -> Tokenized:
         return future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise RunFailed(
-            f"source {source.name}: a worker process died, perhaps for want of memory; nothing half is left"
+            f"source {source.name}: a worker process died, for want of memory or of if __name__ == '__main__': in the "
+            "script that called; nothing half is left"
         ) from error
 
 
