@@ -105,3 +105,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def folders(cache: pathlib.Path, tmp_path: pathlib.Path) -> Folders:
     """The shared cache, and a runs folder and data root of the test's own."""
     return Folders(cache_dir=cache, runs_dir=tmp_path / "runs", data_root=tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(cache: pathlib.Path, tmp_path_factory: pytest.TempPathFactory):
+    """A small run that is complete, with samples, and the folders that it used: `(declared, folders, run)`."""
+    from euroflax import verbs
+
+    root = tmp_path_factory.mktemp("trained")
+    folders = Folders(cache_dir=cache, runs_dir=root / "runs", data_root=root)
+    declared = small(training__schedule__peak_learning_rate=2e-2, evaluation__sample_tokens=12, model__qk_norm=True)
+    return declared, folders, verbs.train(declared, folders)

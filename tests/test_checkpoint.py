@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from euroflax import sharding
-from euroflax.checkpoint import Checkpoints, hash_files, latest_step, listed_steps, restore_latest, verify
+from euroflax.checkpoint import (
+    Checkpoints,
+    SavedParams,
+    hash_files,
+    latest_step,
+    listed_steps,
+    open_latest,
+    read_facts,
+    verify,
+)
 from euroflax.experiment import Checkpoint
 from euroflax.training.step import abstract_state, init_state
 from tests.conftest import assert_trees_close, small
@@ -42,7 +51,9 @@ def opened(path, keep=None):
 
 
 def restored(checkpoints, declared=DECLARED):
-    return checkpoints.restore(abstract_state(declared, sharding.make_mesh(declared)), lambda facts: None)
+    facts = []
+    state = checkpoints.restore(abstract_state(declared, sharding.make_mesh(declared)), facts.append)
+    return state, facts[0]
 
 
 def test_what_was_saved_is_restored_bit_by_bit(copied):
@@ -118,9 +129,10 @@ def test_reading_the_latest_changes_nothing_that_a_running_job_may_own(copied):
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
     notes = []
     abstract = abstract_state(DECLARED, sharding.make_mesh(DECLARED))
-    state, facts = restore_latest(path, abstract, lambda facts: None, notes.append)
-    assert facts == {"step": 1} and len(notes) == 1
-    assert_trees_close(expected, jax.device_get(state), 0)
+    facts = []
+    saved = open_latest(path, facts.append, notes.append)
+    assert facts == [{"step": 1}] and saved.step == 1 and len(notes) == 1
+    assert_trees_close(expected.params, jax.device_get(saved.place(abstract.params)), 0)
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
 
 
@@ -143,7 +155,7 @@ def test_a_save_that_died_midway_leaves_nothing_in_the_way(copied):
 
 
 def test_the_last_ones_and_every_kth_are_kept_and_deleted_ones_go_through_the_trash(copied, monkeypatch):
-    path, state = copied
+    path, state = copied[0], jax.device_put(copied[1])
     removed = []
     real = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", lambda target, **k: (removed.append(pathlib.Path(target)), real(target, **k)))
@@ -164,3 +176,13 @@ def test_the_manifest_holds_a_hash_of_every_file(copied):
     expected = hash_files(path / "2")
     assert json.loads((path / "manifests" / "2.json").read_text()) == expected
     assert len(expected) == sum(file.is_file() for file in (path / "2").rglob("*")) > 3
+
+
+def test_a_layer_can_be_read_without_the_others(copied):
+    path, expected = copied
+    saved = SavedParams(path, 2)
+    found = saved.read("layers/mlp/gate_DF", (1,))
+    np.testing.assert_array_equal(found, np.asarray(expected.params["layers"]["mlp"]["gate_DF"])[1])
+    np.testing.assert_array_equal(saved.read("embedding_VD"), np.asarray(expected.params["embedding_VD"]))
+    assert saved._opened["layers/mlp/gate_DF"].chunk_layout.read_chunk.shape[0] == 1
+    assert read_facts(path, 2) == {"step": 2}

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 import json
 import pathlib
 from typing import TypeVar
@@ -99,6 +100,15 @@ class Folder:
 
     def _raw(self, name: str) -> np.ndarray:
         return _tensor(self.files[name], name)
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each file that the model is read from."""
+        read = {*self.files.values(), self.path / "config.json", self.path / "tokenizer.json"}
+        found = {}
+        for file in sorted(path for path in read if path.is_file()):
+            with open(file, "rb") as opened:
+                found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+        return found
 
     def place(self, config: Model, abstract_params: T) -> T:
         """The parameters in float32, onto the shardings of `abstract_params`; memory holds a tensor at a time."""

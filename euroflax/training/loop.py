@@ -105,6 +105,8 @@ def _run(job: _Job) -> TrainState:
     with job.clock.on("restore"):
         state, shardings = _first_state(job)
     step, position = int(state.step), int(state.position)
+    if job.weights is not None and jax.process_index() == 0:
+        job.record.manifest["continue_from"] = {"path": job.declared.continue_from, "files": job.weights.digests()}
     job.record.begin(_session(job), job.prepared, job.rows.mixture.to_json())
     job.record.cut_back(step)
     session = job.record.manifest["sessions"][-1]
@@ -137,7 +139,7 @@ def _first_state(job: _Job) -> tuple[TrainState, TrainState]:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if job.checkpoints.latest is None:
         state = jax.jit(functools.partial(init_state, job.declared), out_shardings=shardings)()
-        if job.weights is not None:
+        if job.weights is not None and jax.process_index() == 0:
             state = state.replace(params=job.weights.place(job.declared.model, abstract.params))
         return state, shardings
     state = job.checkpoints.restore(

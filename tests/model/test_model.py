@@ -90,7 +90,7 @@ def test_attention_agrees_with_a_plain_one_within_segments_and_groups():
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, 12, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
     segments = np.asarray(batch(boundaries=(3, 8))["segment_ids_BL"])
-    found = jax.jit(attention.attend)(*map(jnp.asarray, (q, k, v, segments)))
+    found = jax.jit(attention.attend)(*map(jnp.asarray, (q, k, v, segments, segments)))
     np.testing.assert_allclose(found, plain_attention(q, k, v, segments), atol=1e-5)
 
 
@@ -100,7 +100,7 @@ def test_attention_in_blocks_has_the_values_and_gradients_of_the_whole(monkeypat
     segments = jnp.asarray(np.repeat([[1] * 13 + [2] * 10 + [3] * 9], 2, axis=0))
 
     def loss(q, k, v):
-        out = attention.attend(q, k, v, segments)
+        out = attention.attend(q, k, v, segments, segments)
         return jnp.sum(out**3), out
 
     whole = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
@@ -213,3 +213,18 @@ def test_flops_are_six_a_weight_and_attention():
     config = dataclasses.replace(CONFIG, tied_output=False, qk_norm=False)
     weights = model.num_parameters(config) - 512 * 32
     assert model.flops_per_token(config, 64) == 6 * weights + 6 * 2 * 4 * 16 * 64
+
+
+@pytest.mark.parametrize("loop", ["scan", "unroll"])
+def test_tokens_read_in_parts_through_a_cache_have_the_hidden_states_of_the_whole(loop):
+    config = dataclasses.replace(CONFIG, layer_loop=loop)
+    params = model.init(config, jax.random.key(0))
+    row = {key: value for key, value in batch(boundaries=()).items() if key != "targets_BL"}
+    whole_BLD = model.hidden(config, params, row)
+    cache = model.empty_cache(config, 2, 16)
+    found = []
+    for part in (slice(0, 7), slice(7, 8), slice(8, 12)):
+        hidden_BLD, cache = model.extend(config, params, cache, {key: value[:, part] for key, value in row.items()})
+        found.append(hidden_BLD)
+    np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole_BLD, atol=2e-5)
+    assert int(cache["filled"]) == 12

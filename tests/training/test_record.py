@@ -1,19 +1,25 @@
 import contextlib
+import dataclasses
 import json
 
 import pytest
 
+from euroflax.data.prepare import prepare
 from euroflax.experiment import ExperimentError, to_json
+from euroflax.folders import Folders
 from euroflax.training.record import Record, differences, read_metrics
 from tests.conftest import small
 
-DATA = {"tokenizer": "t", "stores": {"a": "1"}}
+
+@pytest.fixture(scope="module", autouse=True)
+def _prepared(cache):
+    opened.prepared = prepare(small(), Folders(cache_dir=cache))
 
 
 @contextlib.contextmanager
-def opened(path, declared=None, data=DATA):
+def opened(path, declared=None, prepared=None):
     with contextlib.closing(Record(path, declared or small(), writes=True)) as record:
-        record.begin({"devices": 1}, data)
+        record.begin({"devices": 1}, prepared or opened.prepared, {})
         yield record
 
 
@@ -83,11 +89,16 @@ def test_a_run_folder_of_another_experiment_is_refused(tmp_path):
 
 
 def test_data_that_changed_since_the_run_began_is_refused(tmp_path):
+    train = [
+        (s, dataclasses.replace(store, path=tmp_path / "x") if s.language == "en" else store)
+        for s, store in opened.prepared.train
+    ]
+    changed = dataclasses.replace(opened.prepared, train=tuple(train))
     with opened(tmp_path):
         pass
     with (
-        pytest.raises(ExperimentError, match="a changed since the run began"),
-        opened(tmp_path, data={"tokenizer": "t", "stores": {"a": "2"}}),
+        pytest.raises(ExperimentError, match="sample-en changed since the run began"),
+        opened(tmp_path, prepared=changed),
     ):
         pass
 
@@ -113,3 +124,14 @@ def test_the_manifest_says_with_what_and_from_when(tmp_path):
     session = manifest["sessions"][0]
     assert {"from", "to", "steps", "flops", "energy_joules", "devices"} <= session.keys()
     assert json.loads((tmp_path / "experiment.json").read_text()) == to_json(small())
+
+
+def test_the_manifest_says_where_the_text_is_from_and_what_the_tokenizer_costs(tmp_path):
+    with opened(tmp_path) as record:
+        manifest = record.manifest
+    names = [(source["name"], source["split"]) for source in manifest["sources"]]
+    assert ("sample-mt", "train") in names and ("sample-mt", "all") in names
+    assert manifest["sources"][0]["licence"] == "CC0-1.0" and manifest["sources"][0]["bytes"] > 1000
+    english = manifest["tokenizer"]["en"]
+    assert english["tokens_vs_english"] == 1 < manifest["tokenizer"]["mt"]["tokens_vs_english"]
+    assert (tmp_path / "tokenizer" / "tokenizer.json").is_file()
