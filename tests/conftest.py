@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -62,11 +63,16 @@ def write_experiment(path: pathlib.Path, declared: Experiment) -> pathlib.Path:
     return path
 
 
+def user_environment() -> dict[str, str]:
+    """The environment without the level of logging that JAX has set in this process, as a user has it."""
+    return {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+
+
 def start(experiment: pathlib.Path, *arguments: object, **options: object) -> subprocess.Popen:
     """The command line on an experiment in a process of its own, with its output piped as text."""
     command = [sys.executable, "-m", "euroflax.run", str(experiment), *map(str, arguments)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, **options)
+    return subprocess.Popen(command, cwd=ROOT, env=user_environment(), stdout=pipe, stderr=pipe, text=True, **options)
 
 
 def run(experiment: pathlib.Path, *arguments: object, **options: object) -> subprocess.CompletedProcess:

@@ -93,6 +93,12 @@ class Store:
         """First and last-plus-one position of document `index`."""
         return (int(self.ends[index - 1]) if index else 0), int(self.ends[index])
 
+    def counts(self, column: str) -> dict[str, int]:
+        """Documents by what a column says of them (`provider`, `licence`), most first; empty where it says nothing."""
+        values = pq.read_table(self.path / "documents.parquet", columns=[column])[column]
+        pairs = [(entry["values"], entry["counts"]) for entry in values.value_counts().to_pylist()]
+        return {value: count for value, count in sorted(pairs, key=lambda pair: -pair[1]) if value is not None}
+
     def documents(self, indices: list[int]) -> list[dict]:
         """What is known of each document: id, bytes, and provider and licence where they vary."""
         with pq.ParquetFile(self.path / "documents.parquet") as table:

@@ -5,6 +5,8 @@ import json
 from euroflax.experiment import Experiment
 from euroflax.languages import LANGUAGES
 
+_LISTED = 12
+
 
 def model_card(declared: Experiment, manifest: dict, metrics: list[dict], num_parameters: int, step: int) -> str:
     """The README.md of an exported model, Markdown with the front matter that model hubs read.
@@ -72,8 +74,8 @@ def _sources(declared: Experiment, manifest: dict) -> str:
             [
                 source["name"],
                 _name(source["language"]),
-                source["licence"],
-                source["provider"],
+                _by_document(source, "licence"),
+                _by_document(source, "provider"),
                 source["origin"] + (f" by {source['generator']}" if source["generator"] else ""),
                 source["opt_out"],
                 f"{source['documents']:,}",
@@ -84,6 +86,14 @@ def _sources(declared: Experiment, manifest: dict) -> str:
         )
     header = ["source", "language", "licence", "provider", "origin", "opt-outs"]
     return _table([*header, "documents", "bytes", "tokens read", "epochs"], rows)
+
+
+def _by_document(source: dict, field: str) -> str:
+    """What a source declares, and what its documents say one by one where they do."""
+    counts = source.get(f"{field}s", {})
+    listed = [f"{value} ({count:,})" for value, count in list(counts.items())[:_LISTED]]
+    more = [f"{len(counts) - _LISTED} more"] if len(counts) > _LISTED else []
+    return source[field] + (f": {', '.join([*listed, *more])}" if counts else "")
 
 
 def _evaluation(metrics: list[dict], step: int) -> str:

@@ -22,6 +22,7 @@ from euroflax.languages import fold
 
 _MAY_DIFFER = ("mesh.", "checkpoint.", "evaluation.", "training.batch_tokens", "training.accumulation_steps")
 _MAX_FAULTS = 8
+_MAX_COUNTS = 100
 _PROVENANCE = ("name", "licence", "provider", "origin", "opt_out", "generator")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "tensorstore")
 
@@ -149,7 +150,15 @@ def _provenance(source: Source, store: Store) -> dict:
     """What a release must say of a source: as declared, with what the store holds."""
     declared = {field: getattr(source, field) for field in _PROVENANCE} | {"language": fold(source.language)}
     held = {field: store.manifest[field] for field in ("split", "documents", "tokens", "bytes", "lines", "bad_lines")}
-    return declared | held
+    by_document = {f"{column}s": _most(store.counts(column)) for column in ("licence", "provider")}
+    return declared | held | {name: counts for name, counts in by_document.items() if counts}
+
+
+def _most(counts: dict[str, int]) -> dict[str, int]:
+    """The largest counts, and the sum of the rest."""
+    listed = list(counts.items())
+    rest = sum(count for _, count in listed[_MAX_COUNTS:])
+    return dict(listed[:_MAX_COUNTS]) | ({"others": rest} if rest else {})
 
 
 def _read_json(file: pathlib.Path) -> dict | None:
