@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -40,10 +41,8 @@ def likeliest(write):
         batch = {"tokens_BL": tokens_BL, "segment_ids_BL": (places_BL < count) * 1, "positions_BL": places_BL}
         return jnp.argmax(model.apply(write.config, params, batch)[0, count - 1])
 
-    params = jax.tree.map(jnp.asarray, jax.device_get(write.params))
-
-    def continue_(ids, count):
-        found = []
+    def continue_(ids, count, params):
+        params, found = jax.tree.map(jnp.asarray, jax.device_get(params)), []
         while len(found) < count and (not found or found[-1] != write.tokenizer.eos):
             row = [*ids, *found]
             found.append(int(next_token(params, jnp.array([row + [0] * (length - len(row))]), len(row))))
@@ -53,11 +52,13 @@ def likeliest(write):
 
 
 def test_greedy_text_is_that_of_the_forward_pass_without_a_cache(write, likeliest):
-    found = write(PROMPTS, max_new_tokens=20)
-    for prompt, completion in zip(PROMPTS, found, strict=True):
-        ids = [write.tokenizer.bos, *write.tokenizer.encode([prompt])[0]]
-        assert completion.tokens == likeliest(ids, 20) and completion.prompt_tokens == len(ids)
-    assert len({tuple(completion.tokens) for completion in found}) > 2
+    wild = model.init(dataclasses.replace(write.config, init_std=0.5), jax.random.key(0))  # heeds every position
+    for params in (write.params, wild):
+        found = write(PROMPTS, max_new_tokens=20, params=params)
+        for prompt, completion in zip(PROMPTS, found, strict=True):
+            ids = [write.tokenizer.bos, *write.tokenizer.encode([prompt])[0]]
+            assert completion.tokens == likeliest(ids, 20, params) and completion.prompt_tokens == len(ids)
+        assert len({tuple(completion.tokens) for completion in found}) > 2
 
 
 def test_programs_are_compiled_once_for_each_bucket_of_shapes(write):
