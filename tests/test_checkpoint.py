@@ -178,11 +178,17 @@ def test_the_manifest_holds_a_hash_of_every_file(copied):
     assert len(expected) == sum(file.is_file() for file in (path / "2").rglob("*")) > 3
 
 
-def test_a_layer_can_be_read_without_the_others(copied):
-    path, expected = copied
-    saved = SavedParams(path, 2)
+def test_a_layer_can_be_read_without_the_others(tmp_path):
+    declared = small(mesh__data=1, mesh__fsdp=4, mesh__tensor=2)  # without copies, which Orbax would save in parts
+    params = abstract_state(declared, sharding.make_mesh(declared)).params
+    where = jax.tree.map(lambda leaf: leaf.sharding, params)
+    params = jax.jit(lambda: init_state(declared).params, out_shardings=where)()
+    checkpoints = Checkpoints(tmp_path, Checkpoint(), pytest.fail)
+    checkpoints.save(2, {"params": params}, {"step": 2})
+    checkpoints.close()
+    saved = SavedParams(tmp_path, 2)
     found = saved.read("layers/mlp/gate_DF", (1,))
-    np.testing.assert_array_equal(found, np.asarray(expected.params["layers"]["mlp"]["gate_DF"])[1])
-    np.testing.assert_array_equal(saved.read("embedding_VD"), np.asarray(expected.params["embedding_VD"]))
-    assert saved._opened["layers/mlp/gate_DF"].chunk_layout.read_chunk.shape[0] == 1
-    assert read_facts(path, 2) == {"step": 2}
+    np.testing.assert_array_equal(found, np.asarray(params["layers"]["mlp"]["gate_DF"])[1])
+    np.testing.assert_array_equal(saved.read("embedding_VD"), np.asarray(params["embedding_VD"]))
+    assert saved._opened["layers/mlp/gate_DF"].chunk_layout.read_chunk.shape == (1, 8, 32)
+    assert read_facts(tmp_path, 2) == {"step": 2}
