@@ -48,7 +48,14 @@ if {guard}:
 def script(path, guard):
     path.joinpath("script.py").write_text(SCRIPT.format(guard=guard))
     command = [sys.executable, path / "script.py", path]
-    return subprocess.run(command, cwd=ROOT, env=user_environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=user_environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.fixture(scope="module")
