@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0 done, 1 failed, 2 the user's mistake, 75 run it again."""
     options = argparse.Namespace(debug=False)
     try:
-        options = _parser().parse_args(arguments)
+        options = _parser().parse_intermixed_args(arguments)
         overrides = dict(_assignment(text) for text in options.set)
         declared = load(options.experiment, overrides)
         _check_flags(options)
