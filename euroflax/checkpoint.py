@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from euroflax import experiment
-from euroflax.experiment import RunFailed
+from euroflax.experiment import Interrupted, RunFailed
 from euroflax.folders import replace_json
 from euroflax.sharding import letters_of, name_of
 
@@ -135,7 +135,7 @@ class Checkpoints:
             check: given the facts before any array is read; raises where the checkpoint is not wanted.
         """
         assert self.latest is not None
-        check(read_facts(self._path, self.latest))
+        check(_read_facts(self._path, self.latest))
         wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         return self._manager.restore(self.latest, args=wanted)["state"]
 
@@ -155,13 +155,28 @@ class SavedParams:
     path: pathlib.Path
     """The folder `checkpoints` of a run, which a running job may own; nothing in it is changed."""
     step: int
+    facts: dict
+    """What was saved beside the state: experiment, mixture, tokenizer, position."""
 
     def read(self, name: str, index: tuple[slice | int, ...] | None = None) -> np.ndarray:
-        """A piece of a parameter, as it was saved: `read("layers/mlp/gate_DF", (3,))` is that of layer 3."""
+        """A piece of a parameter, as it was saved: `read("layers/mlp/gate_DF", (3,))` is that of layer 3.
+
+        Raises:
+            Interrupted: a run that goes on has deleted the checkpoint meanwhile.
+        """
+        try:
+            return self._read(name, index)
+        except (ValueError, OSError) as error:
+            raise Interrupted(
+                f"checkpoint {self.step} went away or was changed while it was read; the same command reads the latest"
+            ) from error
+
+    def _read(self, name: str, index: tuple[slice | int, ...] | None) -> np.ndarray:
         if name not in self._opened:
             base = f"file://{(self.path / str(self.step) / 'state').resolve()}/"
             kvstore = {"driver": "ocdbt", "base": base, "path": f"params.{name.replace('/', '.')}/"}
-            self._opened[name] = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
+            spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+            self._opened[name] = ts.open(spec, open=True, read=True).result()
         return self._opened[name][index or ()].read().result()
 
     @functools.cached_property
@@ -189,12 +204,12 @@ def open_latest(path: pathlib.Path, check: Callable[[dict], None], note: Callabl
     latest = _agreed(_latest_good(path, note) if jax.process_index() == 0 else None)
     if latest is None:
         return None
-    check(read_facts(path, latest))
-    return SavedParams(path, latest)
+    facts = _read_facts(path, latest)
+    check(facts)
+    return SavedParams(path, latest, facts)
 
 
-def read_facts(path: pathlib.Path, step: int) -> dict:
-    """What was saved beside the state: experiment, mixture, tokenizer, position."""
+def _read_facts(path: pathlib.Path, step: int) -> dict:
     return json.loads((path / str(step) / "facts" / "metadata").read_bytes())
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 
@@ -61,9 +62,9 @@ def _prepare(call: Call) -> None:
 def _evaluate(call: Call) -> dict:
     found = verbs.evaluate(call.declared, call.folders, call.display, call.stop)
     call.display.close()
-    figures = {key: value for key, value in found.items() if key != "step"}
+    figures = {key: value if math.isfinite(value) else None for key, value in found.items() if key != "step"}
     call.display.evaluations([{"step": found["step"], "eval": figures}])
-    return found
+    return {"step": found["step"], **figures}
 
 
 def _generate(call: Call) -> list[dict]:
@@ -73,7 +74,13 @@ def _generate(call: Call) -> list[dict]:
     sampling = dataclasses.replace(Sampling(), **given | {"stop": tuple(options.stop or ())})
     stream = _Stream(options.prompt) if options.process_id == 0 and not options.json else None
     found = verbs.generate(
-        call.declared, call.folders, options.prompt, sampling, call.display, stream.write if stream else _ignore
+        call.declared,
+        call.folders,
+        options.prompt,
+        sampling,
+        call.display,
+        call.stop,
+        stream.write if stream else _ignore,
     )
     if stream:
         stream.finish()

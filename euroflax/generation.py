@@ -36,6 +36,11 @@ class Sampling:
 
     def faults(self) -> list[str]:
         """What is wrong with the values."""
+        if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
+            return [f"stop={self.stop!r} is no tuple of texts; write for example stop=('.',)"]
+        whole = ("max_new_tokens", "top_k", "seed")
+        if odd := [name for name in whole if not isinstance(getattr(self, name), int)]:
+            return [f"{name}={getattr(self, name)!r} is no whole number; give one" for name in odd]
         found = []
         if self.max_new_tokens < 1:
             found.append(f"max_new_tokens={self.max_new_tokens} writes nothing; use 1 or more")
@@ -79,6 +84,7 @@ def generate(
     prompts: Sequence[str],
     sampling: Sampling,
     on_text: Callable[[int, str], None] = lambda number, text: None,
+    proceed: Callable[[], None] = lambda: None,
 ) -> list[Completion]:
     """Continues each prompt; the caller has entered the mesh on which the parameters lie.
 
@@ -92,11 +98,19 @@ def generate(
         prompts: the texts to continue.
         sampling: how.
         on_text: told the number of a prompt and what was just written after it, never half a character.
+        proceed: asked before each token; what it raises ends the writing.
 
     Raises:
         ExperimentError: a value of `sampling` is at fault, or a prompt is longer than the context.
     """
     faults = sampling.faults()
+    faults += [
+        f"prompt {number} is no text in UTF-8; give one"
+        for number, prompt in enumerate(prompts)
+        if not isinstance(prompt, str) or prompt.encode(errors="replace").decode() != prompt
+    ]
+    if faults:
+        raise ExperimentError(*faults)
     encoded = [[tokenizer.bos, *ids] for ids in tokenizer.encode(list(prompts))]
     faults += [
         f"prompt {number} has {len(ids)} tokens with the one that begins a document, and the context is {context}; "
@@ -112,19 +126,27 @@ def generate(
         writers = [
             _Writer(tokenizer, prompts[i], encoded[i], context, sampling, functools.partial(on_text, i)) for i in part
         ]
-        _write(config, params, writers, sampling, first, tokenizer.pad)
+        _write(config, params, writers, sampling, first, proceed)
         found += [writer.completion() for writer in writers]
     return found
 
 
-def _write(config: Model, params: dict, writers: list["_Writer"], sampling: Sampling, first: int, pad: int) -> None:
+def _write(
+    config: Model,
+    params: dict,
+    writers: list["_Writer"],
+    sampling: Sampling,
+    first: int,
+    proceed: Callable[[], None],
+) -> None:
     """Runs one batch of writers until all have ended."""
     mesh = jax.sharding.get_mesh()
     rows = _bucket(len(writers), row_ways(mesh))
     length = _bucket(max(len(writer.prompt_ids) for writer in writers), _MIN_BUCKET)
-    places = length + _bucket(sampling.max_new_tokens, _MIN_BUCKET)
+    wanted = max(writer.limit for writer in writers)
+    places = length + _bucket(wanted, _MIN_BUCKET)
     prefill, decode = _programs(config, mesh)
-    tokens_BL = np.full((rows, length), pad, np.int32)
+    tokens_BL = np.zeros((rows, length), np.int32)
     lengths_B = np.ones(rows, np.int32)
     for row, writer in enumerate(writers):
         tokens_BL[row, length - len(writer.prompt_ids) :] = writer.prompt_ids
@@ -132,10 +154,11 @@ def _write(config: Model, params: dict, writers: list["_Writer"], sampling: Samp
     numbers_B = np.arange(first, first + rows, dtype=np.uint32)
     drawing = (numbers_B, np.uint32(sampling.seed), *_knobs(sampling))
     token_B, cache = prefill(params, tokens_BL, lengths_B, places, drawing)
-    for step in range(sampling.max_new_tokens):
+    for step in range(wanted):
+        proceed()
         for writer, token in zip(writers, np.asarray(token_B).tolist(), strict=False):
             writer.take(token)
-        if all(writer.reason for writer in writers) or step + 1 == sampling.max_new_tokens:
+        if all(writer.reason for writer in writers):
             break
         token_B, cache = decode(params, cache, token_B, lengths_B, np.int32(step), drawing)
 
@@ -148,7 +171,7 @@ def _bucket(size: int, least: int) -> int:
 
 
 def _knobs(sampling: Sampling) -> tuple[np.float32, np.int32, np.float32]:
-    return np.float32(sampling.temperature), np.int32(sampling.top_k), np.float32(sampling.top_p)
+    return np.float32(sampling.temperature), np.int32(min(sampling.top_k, 2**31 - 1)), np.float32(sampling.top_p)
 
 
 @functools.lru_cache(maxsize=4)
@@ -229,7 +252,7 @@ class _Writer:
     ) -> None:
         self.prompt_ids, self.reason = prompt_ids, ""
         self._tokenizer, self._prompt, self._sampling, self._on_text = tokenizer, prompt, sampling, on_text
-        self._limit = min(sampling.max_new_tokens, context - len(prompt_ids))
+        self.limit = min(sampling.max_new_tokens, context - len(prompt_ids))
         self._before = tokenizer.decode(prompt_ids)
         self._ids: list[int] = []
         self._text, self._told = "", 0
@@ -246,7 +269,7 @@ class _Writer:
             found = [place for stop in self._sampling.stop if (place := self._text.find(stop)) >= 0]
             if found:
                 self._text, self.reason = self._text[: min(found)], "stop"
-            elif len(self._ids) == self._limit:
+            elif len(self._ids) == self.limit:
                 self.reason = "length"
         self._tell(len(self._text) if self.reason else self._certain())
 

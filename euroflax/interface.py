@@ -118,7 +118,7 @@ def evaluate(
 
 def generate(
     experiment: Experiment,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     sampling: Sampling | None = None,
     runs_dir: Path | None = None,
     *,
@@ -132,7 +132,8 @@ def generate(
     """
     folders = _folders(runs_dir, None, cache_dir)
     machine.set_up(experiment, devices, folders.cache_dir, machine.Processes())
-    return verbs.generate(experiment, folders, prompts, sampling or Sampling())
+    given = [prompts] if isinstance(prompts, str) else prompts
+    return verbs.generate(experiment, folders, given, sampling or Sampling())
 
 
 def export(experiment: Experiment, runs_dir: Path | None = None, *, dtype: str = "float32") -> pathlib.Path:

@@ -12,7 +12,7 @@ import jinja2
 from euroflax.experiment import Experiment, ExperimentError, from_json
 from euroflax.folders import replace_file
 from euroflax.languages import LANGUAGES
-from euroflax.training.record import read_manifest, read_metrics
+from euroflax.training.record import read_json, read_manifest, read_metrics, read_samples
 
 _POINTS = 300
 _COLUMNS = 6
@@ -38,19 +38,13 @@ def write(run_dir: pathlib.Path) -> pathlib.Path:
     """Writes `report.html` into the folder of a run, finished or not, and returns its path.
 
     Raises:
-        ExperimentError: the folder holds no run.
+        ExperimentError: the folder holds no run, or its record is harmed.
     """
-    file = run_dir / "experiment.json"
-    if not file.is_file():
+    experiment = read_json(run_dir / "experiment.json")
+    if experiment is None:
         raise ExperimentError(f"run folder={run_dir} holds no run; train first")
-    declared = from_json(json.loads(file.read_bytes()))
-    samples = run_dir / "samples.json"
-    page = _render(
-        declared,
-        read_manifest(run_dir),
-        read_metrics(run_dir),
-        json.loads(samples.read_bytes()) if samples.is_file() else None,
-    )
+    declared = from_json(experiment)
+    page = _render(declared, read_manifest(run_dir), read_metrics(run_dir), read_samples(run_dir))
     replace_file(run_dir / "report.html", page)
     return run_dir / "report.html"
 
@@ -61,7 +55,7 @@ def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: 
     )
     environment.filters |= {"number": number, "name": _name, "percent": _percent, "seconds": _duration}
     steps = [line for line in metrics if "loss" in line]
-    evaluations = _evaluations(declared, metrics)
+    evaluations = _evaluations(metrics)
     speeds = [(line["tokens"], line["tokens_per_second"]) for line in steps]
     figures = {
         "declared": declared,
@@ -71,6 +65,7 @@ def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: 
         "total": declared.total_rows * declared.data.sequence_length,
         "evaluations": evaluations,
         "columns": _columns(evaluations),
+        "most_bits": max((y for line in evaluations for y in line["figures"].values() if y is not None), default=0),
         "loss": chart([(line["tokens"], line["loss"]) for line in steps], "nats a token"),
         "speed": chart(speeds, "tokens a second", from_zero=True),
         "median_speed": statistics.median(speed for _, speed in speeds) if speeds else None,
@@ -83,13 +78,13 @@ def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: 
     return environment.get_template("report.html.j2").render(figures)
 
 
-def _evaluations(declared: Experiment, metrics: list[dict]) -> list[dict]:
+def _evaluations(metrics: list[dict]) -> list[dict]:
     """Each evaluation with the tokens read before it and its figures by language."""
-    batch = declared.batch_rows
+    tokens = {line["step"]: line["tokens"] for line in metrics if "loss" in line}
     return [
         {
             "step": line["step"],
-            "tokens": min(line["step"] * batch, declared.total_rows) * declared.data.sequence_length,
+            "tokens": tokens.get(line["step"], 0),
             "figures": {key.removeprefix("bits_per_byte."): value for key, value in line["eval"].items()},
         }
         for line in metrics

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from euroflax import evaluation, generation, huggingface, model, planning, sharding
+from euroflax import evaluation, generation, huggingface, planning, sharding
 from euroflax.checkpoint import SavedParams, latest_step, open_latest
 from euroflax.console import SilentDisplay, evaluations_as_html
 from euroflax.data import documents, mixture
@@ -16,7 +16,7 @@ from euroflax.data import prepare as preparation
 from euroflax.data import tokenizer as tokens
 from euroflax.data.prepare import Prepared
 from euroflax.data.tokenizer import Tokenizer
-from euroflax.experiment import Experiment, ExperimentError
+from euroflax.experiment import Experiment, ExperimentError, from_json
 from euroflax.folders import Folders, make_folder
 from euroflax.generation import Completion, Sampling
 from euroflax.huggingface.card import model_card
@@ -33,9 +33,9 @@ class Run:
 
     path: pathlib.Path
     """Its folder."""
-    params: dict
+    params: dict = dataclasses.field(repr=False)
     """The parameters, as `euroflax.model.init` makes them."""
-    metrics: list[dict]
+    metrics: list[dict] = dataclasses.field(repr=False)
     """The lines of its metrics."""
 
     @property
@@ -141,8 +141,7 @@ def train(
     sharding.make_mesh(declared)
     run_dir = folders.run_dir(declared.name)
     make_folder(run_dir, "run folder")
-    begins = declared.continue_from is not None and latest_step(run_dir / "checkpoints") is None
-    if begins:
+    if declared.continue_from is not None and latest_step(run_dir / "checkpoints") is None:
         huggingface.check_agreement(declared, folders.data_root)
     with clock.on("prepare"):
         prepared = prepare(declared, folders, display, stop)
@@ -150,7 +149,8 @@ def train(
     resolved = mixture.resolve(declared, prepared)
     for line in planning.lines(planning.make_plan(declared, jax.device_count(), resolved)):
         display.note(line)
-    weights = huggingface.check_agreement(declared, folders.data_root, prepared.tokenizer) if begins else None
+    opens = functools.partial(huggingface.check_agreement, declared, folders.data_root, prepared.tokenizer)
+    weights = None if declared.continue_from is None else opens
     params = loop.train(declared, prepared, weights, run_dir, display, stop, clock)
     return Run(run_dir, params, read_metrics(run_dir))
 
@@ -203,6 +203,7 @@ def generate(
     prompts: Sequence[str],
     sampling: Sampling,
     display: loop.Display | None = None,
+    stop: Stop | None = None,
     on_text: Callable[[int, str], None] = lambda number, text: None,
 ) -> list[Completion]:
     """Continuations of the prompts by the latest checkpoint of a run; `generation.generate` says the rest.
@@ -210,6 +211,7 @@ def generate(
     Raises:
         ExperimentError: there is no checkpoint of this experiment, a prompt is longer than the context, or `sampling`
             is at fault.
+        Interrupted: it was stopped.
     """
     run_dir = _trained(declared, folders)
     mesh = sharding.make_mesh(declared)
@@ -219,7 +221,8 @@ def generate(
         saved = _open_saved(declared, run_dir, tokenizer, display or SilentDisplay())
         params = saved.place(abstract_state(declared, mesh).params)
         length = declared.data.sequence_length
-        return generation.generate(declared.model, params, tokenizer, length, prompts, sampling, on_text)
+        proceed = (stop or Stop()).check
+        return generation.generate(declared.model, params, tokenizer, length, prompts, sampling, on_text, proceed)
 
 
 def export(
@@ -246,8 +249,8 @@ def export(
         stop.check()
         display.progress("export", done, total)
 
-    count = model.num_parameters(declared.model)
-    card = model_card(declared, read_manifest(run_dir), read_metrics(run_dir), count, saved.step)
+    declared = from_json(saved.facts["experiment"])
+    card = model_card(declared, read_manifest(run_dir), read_metrics(run_dir), saved.facts)
     huggingface.export(declared, saved.read, run_dir / "hf", tokenizer, card, dtype, advance=advance)
     return run_dir / "hf"
 

@@ -9,7 +9,7 @@ import numpy as np
 from euroflax.data import mixture
 from euroflax.data.packing import Row, cut_row, epoch_keys, permute
 from euroflax.data.prepare import Prepared
-from euroflax.experiment import Experiment, Source
+from euroflax.experiment import Experiment, ExperimentError, Source
 from euroflax.languages import fold
 
 BATCH_KEYS = ("tokens_BL", "targets_BL", "loss_weights_BL", "segment_ids_BL", "positions_BL", "language_ids_BL")
@@ -65,7 +65,13 @@ class Rows:
         return cut_row(store, place, length, self._prepared.tokenizer.pad), source, epoch
 
     def row(self, index: int) -> PlacedRow:
-        """Row `index` of the run with its source and documents."""
+        """Row `index` of the run with its source and documents.
+
+        Raises:
+            ExperimentError: the run has no such row.
+        """
+        if not 0 <= index < self._experiment.total_rows:
+            raise ExperimentError(f"row={index} is not in the run; use 0 to {self._experiment.total_rows - 1}")
         row, source, epoch = self._cut(index)
         declared, store = self._prepared.train[source]
         tokens, segments = row.tokens, row.segment_ids

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import html
 import json
 import multiprocessing
 import os
@@ -44,6 +45,16 @@ class Prepared:
     """Each source of `data.sources` with its store, held-out documents left out."""
     evaluation: tuple[tuple[Source, Store], ...]
     """Each source that is evaluated on: the held-out shares, then `evaluation.sources`."""
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><td>{html.escape(source.name)}</td><td>{source.language}</td><td>{use}</td>"
+            f"<td>{store.num_documents:,}</td><td>{store.num_bytes:,}</td><td>{store.num_tokens:,}</td></tr>"
+            for use, parts in (("training", self.train), ("evaluation", self.evaluation))
+            for source, store in parts
+        )
+        names = ("source", "language", "for", "documents", "bytes", "tokens")
+        return f"<table><tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>{cells}</table>"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -31,10 +32,10 @@ class Tokenizer:
     eos: int
     fingerprint: str
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
-        """Entries of the vocabulary, special tokens included."""
-        return self.inner.get_vocab_size(with_added_tokens=True)
+        """Rows that an embedding needs for it: one more than the largest id."""
+        return 1 + max(self.inner.get_vocab(with_added_tokens=True).values())
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens: markers inside a text are ordinary text."""
@@ -89,6 +90,8 @@ def _special_names(config: pathlib.Path) -> tuple[str, str, str]:
     pad, bos, eos = (token.get("content") if isinstance(token, dict) else token for token in named)
     if not isinstance(eos, str):
         raise ExperimentError(f"{config} names no eos_token; add it, since documents end with it")
+    if not isinstance(bos, str | None) or not isinstance(pad, str | None):
+        raise ExperimentError(f"{config} names a bos_token or pad_token that is no text; restore it")
     return pad or eos, bos or eos, eos
 
 

@@ -1,31 +1,32 @@
 """The model card: what a run's record says of its model, for the people who will use it."""
 
+import html
 import json
 
 from euroflax.experiment import Experiment
 from euroflax.languages import LANGUAGES
+from euroflax.model import num_parameters
 
 _LISTED = 12
 
 
-def model_card(declared: Experiment, manifest: dict, metrics: list[dict], num_parameters: int, step: int) -> str:
+def model_card(declared: Experiment, manifest: dict, metrics: list[dict], facts: dict) -> str:
     """The README.md of an exported model, Markdown with the front matter that model hubs read.
 
     Args:
-        declared: the experiment.
+        declared: the experiment, as the checkpoint has it.
         manifest: that of the run.
         metrics: its metrics.
-        num_parameters: all parameters of the model.
-        step: the completed steps of the checkpoint that is exported.
+        facts: the `step` and `position` of the checkpoint.
     """
-    model = declared.model
-    tokens = min(step * declared.batch_rows, declared.total_rows) * declared.data.sequence_length
+    model, step = declared.model, facts["step"]
+    tokens = facts["position"] * declared.data.sequence_length
     heads = f"{model.num_heads} heads over {model.num_kv_heads} key heads of width {model.head_dim}"
     sections = [
         _front_matter(declared),
         f"# {declared.name}",
-        f"A base model of {num_parameters:,} parameters in {len(declared.language_codes)} languages, trained with "
-        f"Euroflax on {tokens:,} tokens. It continues text; it has not been taught to follow instructions or to "
+        f"A base model of {num_parameters(model):,} parameters in {len(declared.language_codes)} languages, trained "
+        f"with Euroflax on {tokens:,} tokens. It continues text; it has not been taught to follow instructions or to "
         "decline anything.",
         "## Languages",
         ", ".join(f"{_name(code)} ({code})" for code in declared.language_codes),
@@ -60,9 +61,12 @@ def _front_matter(declared: Experiment) -> str:
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
     cells = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in row) + " |" for row in cells
-    )
+    return "\n".join(f"| {' | '.join(map(_plain, row))} |" for row in cells)
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, in one cell of a table."""
+    return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
 
 
 def _sources(declared: Experiment, manifest: dict) -> str:
@@ -111,14 +115,15 @@ def _evaluation(metrics: list[dict], step: int) -> str:
 
 
 def _training(declared: Experiment, manifest: dict, step: int) -> str:
-    schedule, sessions = declared.training.schedule, manifest["sessions"]
+    schedule = declared.training.schedule
+    sessions = [session for session in manifest["sessions"] if session["steps"]]
     flops = sum(session["flops"] for session in sessions)
     hours = sum(sum(s.get("seconds", {}).values()) * s["devices"] for s in sessions) / 3600
     hardware = sorted({f"{session['devices']} x {session['device_kind']}" for session in sessions})
     energy = [session["energy_joules"] for session in sessions]
     joules = "not measured" if None in energy else f"{sum(energy):,.0f} J"
     lines = [
-        f"- {step:,} steps of {declared.training.batch_tokens:,} tokens; {schedule.kind} schedule, peak learning rate "
+        f"- {step:,} steps, the last of {declared.training.batch_tokens:,} tokens; {schedule.kind} schedule, peak rate "
         f"{schedule.peak_learning_rate:g}, AdamW ({declared.training.adam_beta1:g}, {declared.training.adam_beta2:g}), "
         f"decay {declared.training.weight_decay:g}, compute in {declared.model.compute_dtype}",
         f"- Began with {f'the weights of {declared.continue_from}' if declared.continue_from else 'random weights'}, "

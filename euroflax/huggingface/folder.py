@@ -12,6 +12,7 @@ import numpy as np
 import safetensors
 
 from euroflax.data.tokenizer import Tokenizer
+from euroflax.data.tokenizer import read as read_tokenizer
 from euroflax.experiment import Experiment, ExperimentError, Model
 from euroflax.huggingface.names import Tensor, from_config, tensors
 from euroflax.sharding import name_of
@@ -150,30 +151,33 @@ def check_agreement(declared: Experiment, data_root: pathlib.Path, known: Tokeni
     if not theirs.is_file() and declared.data.tokenizer.path is None:
         faults.append(f"continue_from={folder.path} holds no tokenizer.json; declare data.tokenizer.path")
     if theirs.is_file():
-        vocabulary = _vocabulary(theirs)
-        if len(vocabulary) > declared.model.vocab_size:
+        published = read_tokenizer(theirs)
+        if published.vocab_size > declared.model.vocab_size:
             faults.append(
-                f"continue_from={folder.path}: tokenizer.json has {len(vocabulary)} entries and the embedding "
-                f"{declared.model.vocab_size} rows; give the tokenizer that belongs to the weights"
+                f"continue_from={folder.path}: tokenizer.json needs {published.vocab_size} rows and the embedding has "
+                f"{declared.model.vocab_size}; give the tokenizer that belongs to the weights"
             )
-        if known is not None and (ours := known.inner.get_vocab(with_added_tokens=True)) != vocabulary:
-            odd = min(token for token in ours.keys() | vocabulary.keys() if ours.get(token) != vocabulary.get(token))
+        if known is not None and (odd := _difference(known, published)):
             faults.append(
                 f"data.tokenizer.path={declared.data.tokenizer.path} is not the tokenizer of continue_from="
-                f"{folder.path}: {odd!r} is {ours.get(odd)} here and {vocabulary.get(odd)} there; leave it out"
+                f"{folder.path}: {odd}; leave it out"
             )
     if faults:
         raise ExperimentError(*faults)
     return folder
 
 
-def _vocabulary(path: pathlib.Path) -> dict[str, int]:
-    import tokenizers
-
-    try:
-        return tokenizers.Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the tokenizers library raises no narrower type
-        raise ExperimentError(f"{path} is no tokenizer.json ({error}); restore it") from error
+def _difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
+    """What two tokenizers do differently; None where they give the same tokens for every text."""
+    here, there = (one.inner.get_vocab(with_added_tokens=True) for one in (ours, theirs))
+    if here != there:
+        odd = min(token for token in here.keys() | there.keys() if here.get(token) != there.get(token))
+        return f"{odd!r} is {here.get(odd)} here and {there.get(odd)} there"
+    if (ours.pad, ours.bos, ours.eos) != (theirs.pad, theirs.bos, theirs.eos):
+        return "other tokens begin, end or pad a text"
+    mine, published = (json.loads(one.inner.to_str()) for one in (ours, theirs))
+    parts = ("normalizer", "pre_tokenizer", "model", "added_tokens", "decoder")
+    return next((f"its {part} differs" for part in parts if mine.get(part) != published.get(part)), None)
 
 
 def _find_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -183,9 +187,10 @@ def _find_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
         ExperimentError: there are no safetensors, or the index names a file that is not there.
     """
     index = path / "model.safetensors.index.json"
+    listed: dict[str, str] = {}
     if index.is_file():
-        listed = _read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        listed = _read_json(index).get("weight_map") or {}
+        if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
             raise ExperimentError(f"{index} has no weight_map; restore it")
         if outside := sorted({name for name in listed.values() if pathlib.PurePath(name).name != name}):
             raise ExperimentError(f"{index} names {_listed(outside)} outside its folder; restore it")
@@ -202,10 +207,12 @@ def _find_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
                 "is read and is refused: convert it to safetensors where you trust it"
             )
         raise ExperimentError(f"continue_from={path} holds no model.safetensors; give a Hugging Face folder")
-    found = {}
+    found: dict[str, pathlib.Path] = {}
     for file in files:
         with _opened(file) as opened:
             found |= dict.fromkeys(opened.keys(), file)
+    if index.is_file() and (odd := sorted(name for name in listed if found.get(name) != path / listed[name])):
+        raise ExperimentError(f"{index} names {_listed(odd)} in files that do not hold them; restore it")
     return found
 
 

@@ -1,6 +1,8 @@
 """One table of names, read in both directions: our parameters, and the tensors of a Hugging Face folder."""
 
 import dataclasses
+import json
+import typing
 from collections.abc import Sequence
 
 import numpy as np
@@ -132,44 +134,67 @@ def from_config(config: dict, where: str) -> dict[str, object]:
         where: what an error message calls it.
 
     Raises:
-        ExperimentError: the architecture, or a part of it, is not one that we compute.
+        ExperimentError: the architecture, or a part of it, is not one that we compute, or a field is of another type.
     """
-    architecture = next(iter(config.get("architectures") or []), None)
-    if architecture not in ARCHITECTURES:
+    listed = config.get("architectures")
+    architecture = listed[0] if isinstance(listed, list) and len(listed) == 1 else listed
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ExperimentError(
-            f"{where}: architectures={architecture} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"{where}: architectures={listed} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    unsupported = {
-        "hidden_act": config.get("hidden_act", "silu") != "silu",
-        "attention_bias": bool(config.get("attention_bias")),
-        "mlp_bias": bool(config.get("mlp_bias")),
-        "use_sliding_window": bool(config.get("use_sliding_window")),
-        "quantization_config": config.get("quantization_config") is not None,
+    faults: list[str] = []
+
+    def field(name: str, kind: type, default: object = None, among: dict = config) -> typing.Any:
+        value: typing.Any = default if among.get(name) is None else among[name]
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits or (kind is not bool and not value > 0):
+            what = {int: "a whole number above 0", float: "a number above 0", bool: "true or false"}[kind]
+            faults.append(f"{where}: {name}={value} is not {what}; restore it")
+            return kind(1)
+        return kind(value)
+
+    is_qwen = architecture == "Qwen3ForCausalLM"
+    faults += _unsupported(config, ARCHITECTURES[architecture], where)
+    width, heads = field("hidden_size", int), field("num_attention_heads", int)
+    found = {
+        "num_layers": field("num_hidden_layers", int),
+        "embed_dim": width,
+        "num_heads": heads,
+        "num_kv_heads": field("num_key_value_heads", int, 32 if is_qwen else heads),
+        "head_dim": field("head_dim", int, 128 if is_qwen else width // heads),
+        "mlp_dim": field("intermediate_size", int),
+        "vocab_size": field("vocab_size", int),
+        "rope_theta": field("rope_theta", float, 10_000.0),
+        "norm_epsilon": field("rms_norm_eps", float, 1e-6),
+        "qk_norm": is_qwen,
+        "tied_output": field("tie_word_embeddings", bool, False),
     }
-    faults = [
-        f"{where}: {field}={config[field]} is not supported; use a model without"
-        for field in unsupported
-        if unsupported[field]
-    ]
-    if rope_type != "default":
-        faults.append(f"{where}: rope_type={rope_type} is not supported; use a model with plain rotary positions")
-    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    faults += [f"{where}: {field} is missing; restore it" for field in needed if not isinstance(config.get(field), int)]
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and rope.get("rope_theta") is not None:
+        found["rope_theta"] = field("rope_theta", float, among=rope)
     if faults:
         raise ExperimentError(*faults)
-    heads = config["num_attention_heads"]
-    return {
-        "num_layers": config["num_hidden_layers"],
-        "embed_dim": config["hidden_size"],
-        "num_heads": heads,
-        "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "mlp_dim": config["intermediate_size"],
-        "vocab_size": config["vocab_size"],
-        "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-        "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
-        "qk_norm": architecture == "Qwen3ForCausalLM",
-        "tied_output": bool(config.get("tie_word_embeddings", False)),
+    return found
+
+
+def _unsupported(config: dict, model_type: str, where: str) -> list[str]:
+    """What a configuration asks for that our decoder does not compute."""
+    plain = {
+        "model_type": model_type,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "quantization_config": None,
     }
+    faults = [
+        f"{where}: {name}={config[name]} is not supported; it must be {json.dumps(value)}"
+        for name, value in plain.items()
+        if config.get(name, value) not in (value, None)
+    ]
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.get(name)
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        if kind not in (None, "default"):
+            faults.append(f"{where}: {name}={rope} is not supported; use a model with plain rotary positions")
+    return faults

@@ -1,5 +1,6 @@
 """A run's parameters as a Hugging Face folder: written shard by shard, with a card from the run's record."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -11,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from euroflax.data import tokenizer as tokens
-from euroflax.experiment import Experiment
+from euroflax.experiment import Experiment, ExperimentError
 from euroflax.folders import replace_json
 from euroflax.huggingface.names import Tensor, tensors, to_config
 
@@ -46,10 +47,41 @@ def export(
         dtype: the type of the tensors, one of `DTYPES`.
         shard_bytes: the most that one file of weights holds; one tensor at least.
         advance: told the tensors written and in all.
+
+    Raises:
+        ExperimentError: another process writes the same folder, or something else stands in its place.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ExperimentError(f"{folder} is not a folder of its own; move it away")
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ExperimentError(f"{folder} is being written by another process; wait for it") from error
+        for stale in (*folder.parent.glob(f"{folder.name}.partial"), *folder.parent.glob(f"{folder.name}.old-*")):
+            shutil.rmtree(stale)
+        partial = folder.with_name(f"{folder.name}.partial")
+        partial.mkdir()
+        _write_weights(declared, read, partial, dtype, shard_bytes, advance)
+        _write_rest(declared, partial, tokenizer, dtype)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        old = folder.with_name(f"{folder.name}.old-{os.urandom(4).hex()}")
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_weights(
+    declared: Experiment,
+    read: Read,
+    folder: pathlib.Path,
+    dtype: str,
+    shard_bytes: int,
+    advance: Callable[[int, int], None],
+) -> None:
+    """The tensors in safetensors files, with an index where there are several."""
     shards = list(_shards(tensors(declared.model), DTYPES[dtype].itemsize, shard_bytes))
     done, total = 0, sum(map(len, shards))
     weight_map = {}
@@ -62,21 +94,12 @@ def export(
             weight_map[tensor.theirs] = file
             done += 1
             advance(done, total)
-        save_file(written, partial / file, metadata={"format": "pt"})
-        (partial / file).chmod(partial.stat().st_mode & 0o666)  # the library writes it for its owner alone
+        save_file(written, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library writes it for its owner alone
     if len(shards) > 1:
         size = sum(_bytes(tensor, DTYPES[dtype].itemsize) for shard in shards for tensor in shard)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        replace_json(partial / "model.safetensors.index.json", index)
-    _write_rest(declared, partial, tokenizer, dtype)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    if folder.exists():
-        old = folder.with_name(f"{folder.name}.old-{os.urandom(4).hex()}")
-        folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old)
-    else:
-        partial.rename(folder)
+        replace_json(folder / "model.safetensors.index.json", index)
 
 
 def _bytes(tensor: Tensor, width: int) -> int:

@@ -50,7 +50,7 @@ class _Job:
 
     declared: Experiment
     prepared: Prepared
-    weights: Folder | None
+    weights: Callable[[], Folder] | None
     rows: Rows
     mesh: jax.sharding.Mesh
     record: Record
@@ -63,7 +63,7 @@ class _Job:
 def train(
     declared: Experiment,
     prepared: Prepared,
-    weights: Folder | None,
+    weights: Callable[[], Folder] | None,
     run_dir: pathlib.Path,
     display: Display,
     stop: Stop,
@@ -71,7 +71,7 @@ def train(
 ) -> dict:
     """Trains from the latest checkpoint, or from the beginning, to the end; returns the parameters.
 
-    The beginning is `weights` where they are given, and random ones otherwise.
+    The beginning is what `weights` opens where it is given, and random otherwise.
 
     Raises:
         ExperimentError: the run folder, the mesh or the data does not fit the experiment.
@@ -105,8 +105,6 @@ def _run(job: _Job) -> TrainState:
     with job.clock.on("restore"):
         state, shardings = _first_state(job)
     step, position = int(state.step), int(state.position)
-    if job.weights is not None and jax.process_index() == 0:
-        job.record.manifest["continue_from"] = {"path": job.declared.continue_from, "files": job.weights.digests()}
     job.record.begin(_session(job), job.prepared, job.rows.mixture.to_json())
     job.record.cut_back(step)
     session = job.record.manifest["sessions"][-1]
@@ -139,8 +137,11 @@ def _first_state(job: _Job) -> tuple[TrainState, TrainState]:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if job.checkpoints.latest is None:
         state = jax.jit(functools.partial(init_state, job.declared), out_shardings=shardings)()
-        if job.weights is not None and jax.process_index() == 0:
-            state = state.replace(params=job.weights.place(job.declared.model, abstract.params))
+        if job.weights is not None:
+            folder = job.weights()
+            state = state.replace(params=folder.place(job.declared.model, abstract.params))
+            digests = folder.digests() if jax.process_index() == 0 else {}
+            job.record.manifest["continue_from"] = {"path": job.declared.continue_from, "files": digests}
         return state, shardings
     state = job.checkpoints.restore(
         abstract, functools.partial(check_facts, job.declared, job.prepared.tokenizer, job.record.path)

@@ -23,6 +23,7 @@ from euroflax.languages import fold
 _MAY_DIFFER = ("mesh.", "checkpoint.", "evaluation.", "training.batch_tokens", "training.accumulation_steps")
 _MAX_FAULTS = 8
 _MAX_COUNTS = 100
+_MANIFEST = ("versions", "data", "mixture", "sources", "tokenizer", "sessions")
 _PROVENANCE = ("name", "licence", "provider", "origin", "opt_out", "generator")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "tensorstore")
 
@@ -40,12 +41,12 @@ class Record:
         self.manifest: dict = {"sessions": []}
         if writes:
             make_folder(path, "run folder")
-        earlier = _read_json(path / "experiment.json")
+        earlier = read_json(path / "experiment.json")
         if earlier is not None and (faults := differences(earlier, to_json(declared), path)):
             raise ExperimentError(*faults)
         if writes:
             self._lock = self._take_lock()
-        self.manifest = _read_json(path / "manifest.json") or self.manifest
+        self.manifest = read_json(path / "manifest.json") or self.manifest
         self._metrics = path / "metrics.jsonl"
         self._evaluated: set[int] = set()
 
@@ -91,7 +92,7 @@ class Record:
         asked = self._declared.data.mixture
         self.manifest["mixture"] = {"asked": dict(asked.weights), "unit": asked.unit, "resolved": mixture}
         self.manifest["sources"] = [_provenance(*part) for part in (*prepared.train, *prepared.evaluation)]
-        if "tokenizer" not in self.manifest and self._writes:
+        if not self.manifest.get("tokenizer") and self._writes:
             self.manifest["tokenizer"] = tokenizer_figures(self._declared, prepared)
         self.manifest["sessions"].append(
             {"from": now(), "to": None, "steps": 0, "flops": 0, "energy_joules": None, **session}
@@ -139,7 +140,7 @@ class Record:
 
     def sampled(self, step: int) -> bool:
         """Whether what the model wrote after `step` steps is kept."""
-        return (_read_json(self.path / "samples.json") or {}).get("step") == step
+        return (read_samples(self.path) or {}).get("step") == step
 
     def evaluated(self, step: int) -> bool:
         """Whether the evaluation after `step` steps is in the metrics."""
@@ -161,7 +162,7 @@ def _most(counts: dict[str, int]) -> dict[str, int]:
     return dict(listed[:_MAX_COUNTS]) | ({"others": rest} if rest else {})
 
 
-def _read_json(file: pathlib.Path) -> dict | None:
+def read_json(file: pathlib.Path) -> dict | None:
     """The object in a file; None where there is no file.
 
     Raises:
@@ -211,10 +212,21 @@ def read_manifest(path: pathlib.Path) -> dict:
     Raises:
         ExperimentError: the run has none, or it is harmed.
     """
-    manifest = _read_json(path / "manifest.json")
+    manifest = read_json(path / "manifest.json")
     if manifest is None:
         raise ExperimentError(f"run folder={path} holds no manifest.json; train first")
+    if lacking := [name for name in _MANIFEST if not manifest.get(name)]:
+        raise ExperimentError(f"{path / 'manifest.json'} lacks {', '.join(lacking)}; restore it")
     return manifest
+
+
+def read_samples(path: pathlib.Path) -> dict | None:
+    """What the finished model wrote; None where there is nothing, or nothing whole."""
+    try:
+        samples = json.loads((path / "samples.json").read_bytes())
+        return samples if {"step", "samples", "temperature", "top_p", "seed"} <= samples.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def read_metrics(path: pathlib.Path) -> list[dict]:
@@ -229,7 +241,7 @@ def _lines(file: pathlib.Path) -> Iterable[tuple[bytes, dict]]:
             value = json.loads(line)
         except ValueError:
             continue
-        if line.endswith(b"\n") and isinstance(value, dict) and "step" in value:
+        if line.endswith(b"\n") and isinstance(value, dict) and isinstance(value.get("step"), int):
             yield line, value
 
 

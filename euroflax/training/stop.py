@@ -30,4 +30,4 @@ class Stop:
             Interrupted: there is a wish to stop.
         """
         if self.reason is not None:
-            raise Interrupted(f"stopped by {self.reason}; the same command goes on from the last checkpoint")
+            raise Interrupted(f"stopped by {self.reason}; the same command goes on")
