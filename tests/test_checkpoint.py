@@ -9,15 +9,13 @@ import pytest
 from euroflax import sharding
 from euroflax.checkpoint import (
     Checkpoints,
-    SavedParams,
     hash_files,
     latest_step,
     listed_steps,
     open_latest,
-    read_facts,
     verify,
 )
-from euroflax.experiment import Checkpoint
+from euroflax.experiment import Checkpoint, Interrupted
 from euroflax.training.step import abstract_state, init_state
 from tests.conftest import assert_trees_close, small
 
@@ -186,9 +184,13 @@ def test_a_layer_can_be_read_without_the_others(tmp_path):
     checkpoints = Checkpoints(tmp_path, Checkpoint(), pytest.fail)
     checkpoints.save(2, {"params": params}, {"step": 2})
     checkpoints.close()
-    saved = SavedParams(tmp_path, 2)
+    saved = open_latest(tmp_path, lambda facts: None, pytest.fail)
+    assert saved.facts == {"step": 2} and saved.step == 2
     found = saved.read("layers/mlp/gate_DF", (1,))
     np.testing.assert_array_equal(found, np.asarray(params["layers"]["mlp"]["gate_DF"])[1])
     np.testing.assert_array_equal(saved.read("embedding_VD"), np.asarray(params["embedding_VD"]))
     assert saved._opened["layers/mlp/gate_DF"].chunk_layout.read_chunk.shape == (1, 8, 32)
-    assert read_facts(tmp_path, 2) == {"step": 2}
+    shutil.rmtree(tmp_path / "2")
+    for name in ("layers/mlp/gate_DF", "final_norm_D"):
+        with pytest.raises(Interrupted, match="checkpoint 2 went away or was changed while it was read"):
+            saved.read(name, (0,))

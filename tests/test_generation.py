@@ -8,8 +8,9 @@ import pytest
 
 from euroflax import generation, model, sharding, verbs
 from euroflax.data import tokenizer as tokens
-from euroflax.experiment import ExperimentError
+from euroflax.experiment import ExperimentError, Interrupted
 from euroflax.generation import Sampling, generate
+from euroflax.training.stop import Stop
 from tests.conftest import run, write_experiment
 
 PROMPTS = ["The", "Il-mara fis-suq tbigħ il-ħobż", "Κάθε πρωί", "", "a b c d e f g h i j"]
@@ -161,11 +162,40 @@ def test_writing_ends_where_the_context_does(write):
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"stop": ("",)}, "stop= is empty"),
         ({"seed": -1}, "seed=-1"),
+        ({"stop": "en"}, "stop='en' is no tuple of texts"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens=2.0 is no whole number"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(write, sampling, message):
     with pytest.raises(ExperimentError, match=message):
         write(["a"], **sampling)
+
+
+def test_no_more_places_are_kept_than_the_context_has(write):
+    generation._programs.cache_clear()
+    (few,) = write(["a"], max_new_tokens=60)
+    (many,) = write(["a"], max_new_tokens=10**12, top_k=10**12)
+    assert many.tokens[:60] == few.tokens and len(many.tokens) <= 64
+    assert generation._programs(write.config, write.mesh)[1]._cache_size() == 1
+
+
+def test_a_prompt_that_is_no_text_is_refused(write):
+    for prompt in ("a\udcff", 5):
+        with pytest.raises(ExperimentError, match="prompt 1 is no text in UTF-8"):
+            write(["a", prompt])
+
+
+def test_a_wish_to_stop_ends_the_writing(trained):
+    declared, folders, _ = trained
+    stop, told = Stop(), []
+
+    def on_text(number, text):
+        told.append(text)
+        stop.request("SIGINT")
+
+    with pytest.raises(Interrupted, match="stopped by SIGINT; the same command goes on"):
+        verbs.generate(declared, folders, ["The"], Sampling(temperature=1.0), None, stop, on_text)
+    assert len(told) == 1
 
 
 @pytest.fixture(scope="module")

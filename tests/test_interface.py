@@ -28,8 +28,13 @@ if {guard}:
         "tokens_BL": row.row.tokens[None], "segment_ids_BL": row.row.segment_ids[None],
         "positions_BL": row.row.positions[None]}})
     sampling = euroflax.Sampling(max_new_tokens=3)
-    (said,) = euroflax.generate(exp, ["The"], sampling, root / "runs", **folders)
+    (said,) = euroflax.generate(exp, "The", sampling, root / "runs", **folders)
     found = euroflax.evaluate(exp, root / "runs", **folders)
+    past = ""
+    try:
+        euroflax.row(exp, prepared, 48)
+    except euroflax.ExperimentError as error:
+        past = str(error)
     late = ""
     try:
         euroflax.train(exp, runs_dir=root / "runs", devices="cpu:3", **folders)
@@ -41,6 +46,7 @@ if {guard}:
         "losses": [line["loss"] for line in run.metrics if "loss" in line],
         "bits": run.bits_per_byte, "run_html": run._repr_html_(), "said": said.tokens, "evaluated": found,
         "said_html": said._repr_html_(), "hf": str(euroflax.export(exp, root / "runs")), "late": late,
+        "prepared_html": prepared._repr_html_(), "repr": repr(run), "past": past,
         "report": (run.path / "report.html").is_file(), "names": sorted(run.params)}}))
 """
 
@@ -79,6 +85,8 @@ def test_a_run_in_python_gives_plain_metrics_parameters_and_figures(found):
 def test_objects_show_themselves_in_a_notebook(found):
     assert "<th>parameters</th>" in found["plan_html"] and "Maltese" in found["run_html"]
     assert found["documents"][0]["id"] in found["row_html"] and len(found["texts"]) == len(found["documents"])
+    assert "<td>sample-mt</td><td>mt</td><td>training</td>" in found["prepared_html"] and len(found["repr"]) < 200
+    assert found["past"] == "row=48 is not in the run; use 0 to 47"
     assert found["said_html"].startswith("<p>The<b>")
 
 

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from euroflax.experiment import load
 from tests.conftest import run, small, start, write_experiment
 
 STEPS = 80
@@ -19,9 +20,9 @@ def free_port():
         return server.getsockname()[1]
 
 
-def job(path, folder, cache, count, devices):
+def job(path, folder, cache, count, devices, *more):
     port = free_port()
-    common = ("--runs-dir", folder / "runs", "--cache-dir", cache, "--devices", f"cpu:{devices}")
+    common = ("--runs-dir", folder / "runs", "--cache-dir", cache, "--devices", f"cpu:{devices}", *more)
     return [
         start(path, *common, "--coordinator", f"127.0.0.1:{port}", "--process-id", i, "--process-count", count)
         for i in range(count)
@@ -93,3 +94,20 @@ def test_preparation_inside_a_job_is_refused_with_the_command_to_run(alone, tmp_
     assert outputs[0][1] == (
         f"error: data.tokenizer is not prepared, and a job of 2 processes does not prepare; run first: {command}\n"
     )
+
+
+@pytest.mark.slow
+def test_two_processes_begin_from_published_weights_as_one_does(alone, tmp_path):
+    path, folder = alone
+    common = ("--runs-dir", folder / "runs", "--cache-dir", folder / "cache", "--devices", "cpu:8")
+    assert run(path, "export", *common).returncode == 0
+    declared = load(path, {"continue_from": "runs/x/hf", "training.tokens": 1024})
+    onward = write_experiment(tmp_path / "x.py", declared)
+    data = ("--data-root", folder)
+    done = run(onward, *data, "--runs-dir", tmp_path / "one" / "runs", *common[2:])
+    assert done.returncode == 0, done.stderr
+    codes, outputs = ended(job(onward, tmp_path, folder / "cache", 2, 4, *data))
+    assert codes == [0, 0], outputs
+    assert_agree(metrics(tmp_path), metrics(tmp_path / "one"))
+    last = [line["eval"] for line in metrics(folder) if "eval" in line][-1]
+    assert metrics(tmp_path)[0]["eval"]["bits_per_byte.mean"] == pytest.approx(last["bits_per_byte.mean"], rel=1e-4)

@@ -10,6 +10,7 @@ import pytest
 from euroflax import report
 from euroflax.experiment import ExperimentError, to_json
 from euroflax.languages import LANGUAGES
+from euroflax.training.record import read_samples
 from tests.conftest import ROOT
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
@@ -118,6 +119,40 @@ def test_text_from_sources_and_models_is_shown_and_never_obeyed(copied):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ExperimentError, match="holds no run; train first"):
         report.write(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("experiment.json", "{", "experiment.json is not a JSON object; restore it"),
+        ("manifest.json", "{}", "lacks versions, data, mixture, sources, tokenizer, sessions; restore it"),
+        ("manifest.json", None, "holds no manifest.json; train first"),
+    ],
+)
+def test_a_harmed_record_is_refused(copied, name, content, message):
+    (copied / name).unlink() if content is None else (copied / name).write_text(content)
+    with pytest.raises(ExperimentError, match=re.escape(message)):
+        report.write(copied)
+
+
+def test_samples_that_are_not_whole_count_as_none_and_are_written_again(trained, copied):
+    for content in ("{", "[]", '{"samples": []}'):
+        (copied / "samples.json").write_text(content)
+        assert "None yet" in page(copied).text
+    assert read_samples(copied) is None and read_samples(trained[2].path)["step"] == 6
+
+
+def test_figures_that_are_all_not_finite_are_shown_as_not_measured(copied):
+    lines = [json.loads(line) for line in (copied / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {"eval": dict.fromkeys(line["eval"])} if "eval" in line else {"loss": None}
+    (copied / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": "x"}\n')
+    assert "Maltese not measured not measured" in page(copied).text
+
+
+def test_an_evaluation_stands_at_the_tokens_read_before_it_whatever_the_batch_was():
+    lines = [{"step": 10, "tokens": 500, "loss": 1.0}, {"step": 10, "eval": {}}, {"step": 0, "eval": {}}]
+    assert [entry["tokens"] for entry in report._evaluations(lines)] == [500, 0]
 
 
 def test_the_report_is_written_without_jax():

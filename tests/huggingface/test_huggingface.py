@@ -13,6 +13,7 @@ from euroflax import huggingface, model, sharding, verbs
 from euroflax.data import tokenizer as tokens
 from euroflax.experiment import ExperimentError, override
 from euroflax.folders import Folders
+from euroflax.huggingface.card import model_card
 from euroflax.huggingface.names import tensors
 from euroflax.training.step import abstract_state
 from tests.conftest import assert_trees_close, run, write_experiment
@@ -100,7 +101,7 @@ def test_the_card_says_what_the_record_of_the_run_says(exported):
     for code, name in (("mt", "Maltese"), ("mean", "mean")):
         assert f"| {name} | {done.bits_per_byte[code]:.4f} |" in card
     assert f"{model.num_parameters(declared.model):,} parameters in 3 languages" in card
-    assert "on 3,072 tokens" in card and "6 steps of 512 tokens" in card
+    assert "on 3,072 tokens" in card and "6 steps, the last of 512 tokens" in card
 
 
 def test_an_export_over_an_older_one_replaces_it_whole(exported, tmp_path):
@@ -155,6 +156,49 @@ def test_a_run_begins_from_published_weights_and_says_so(exported, copied):
     shutil.rmtree(folder / "..", ignore_errors=True)
 
 
+def test_a_run_whose_checkpoints_are_all_harmed_begins_from_the_weights_again(exported, copied):
+    _, folders, _, _ = exported
+    folder, declared = copied
+    here = dataclasses.replace(folders, data_root=folder.parent, runs_dir=folder.parent / "runs")
+    losses = []
+    for _ in range(2):
+        began = verbs.train(declared, here)
+        losses.append([line["loss"] for line in began.metrics if "loss" in line])
+        for file in began.path.glob("checkpoints/*/state/manifest.ocdbt"):
+            file.write_bytes(file.read_bytes() + b"x")
+    assert losses[0] == losses[1]
+
+
+def test_the_card_counts_what_was_read_when_the_batch_changed(exported, tmp_path):
+    declared, folders, done, _ = exported
+    shutil.copytree(folders.runs_dir, tmp_path / "runs")
+    here = dataclasses.replace(folders, runs_dir=tmp_path / "runs")
+    longer = override(declared, {"training.batch_tokens": 1024, "training.tokens": 8 * 512})
+    verbs.train(longer, here)
+    card = (verbs.export(override(longer, {"training.batch_tokens": 512}), here) / "README.md").read_text()
+    assert "on 4,096 tokens" in card and "7 steps, the last of 1,024 tokens" in card
+    edited = json.loads((done.path / "manifest.json").read_bytes())
+    edited["sources"][0]["licence"] = "<script> | x"
+    assert "| &lt;script&gt; \\| x" in model_card(longer, edited, [], {"step": 7, "position": 64})
+
+
+def test_two_exports_at_once_do_not_mix(exported, tmp_path):
+    declared, _, done, _ = exported
+    tokenizer = done.path / "tokenizer" / "tokenizer.json"
+
+    def read(name, index):
+        with pytest.raises(ExperimentError, match="is being written by another process"):
+            huggingface.export(declared, reader(done.params), tmp_path / "hf", tokenizer, "second")
+        return reader(done.params)(name, index)
+
+    huggingface.export(declared, read, tmp_path / "hf", tokenizer, "first")
+    assert (tmp_path / "hf" / "README.md").read_text() == "first"
+    shutil.rmtree(tmp_path / "hf")
+    (tmp_path / "hf").write_text("a file")
+    with pytest.raises(ExperimentError, match="is not a folder of its own; move it away"):
+        huggingface.export(declared, reader(done.params), tmp_path / "hf", tokenizer, "third")
+
+
 def test_a_tokenizer_with_other_special_tokens_is_read_by_its_own_configuration(copied):
     folder, _ = copied
     text = (folder / "tokenizer.json").read_text()
@@ -194,12 +238,17 @@ def pickled(folder):
 
 def larger_tokenizer(folder):
     text = json.loads((folder / "tokenizer.json").read_bytes())
-    text["model"]["vocab"] |= {f"extra{i}": 512 + i for i in range(9)}
+    text["model"]["vocab"] |= {"extra": 5000}
     (folder / "tokenizer.json").write_text(json.dumps(text))
 
 
 def outside(folder):
     index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lacking(folder):
+    index = {"weight_map": {"ghost.weight": "model.safetensors", "model.norm.weight": "model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -220,9 +269,23 @@ def unpair(held):
         (lambda f: (f / "config.json").write_text("["), ["config.json is no JSON object"]),
         (
             edit_config(architectures=["MixtralForCausalLM"]),
-            ["MixtralForCausalLM is not supported; supported are LlamaForCausalLM, Qwen3ForCausalLM"],
+            ["['MixtralForCausalLM'] is not supported; supported are LlamaForCausalLM, Qwen3ForCausalLM"],
         ),
-        (edit_config(rope_parameters={"rope_type": "yarn"}), ["rope_type=yarn is not supported"]),
+        (edit_config(architectures=5), ["architectures=5 is not supported"]),
+        (edit_config(architectures=[{}]), ["architectures=[{}] is not supported"]),
+        (edit_config(model_type="mistral"), ["model_type=mistral is not supported"]),
+        (
+            edit_config(rope_parameters={"rope_type": "yarn"}),
+            ["rope_parameters={'rope_type': 'yarn'} is not supported"],
+        ),
+        (edit_config(rope_parameters="x"), ["rope_parameters=x is not supported"]),
+        (edit_config(rope_scaling={"type": "linear"}), ["rope_scaling={'type': 'linear'} is not supported"]),
+        (edit_config(rope_parameters=None, rope_theta="abc"), ["rope_theta=abc is not a number above 0"]),
+        (edit_config(num_attention_heads=0), ["num_attention_heads=0 is not a whole number above 0"]),
+        (edit_config(hidden_size=True), ["hidden_size=True is not a whole number"]),
+        (edit_config(head_dim=None), ["model.head_dim=16 is not the 128 of"]),
+        (edit_config(rms_norm_eps="a"), ["rms_norm_eps=a is not a number above 0"]),
+        (edit_config(tie_word_embeddings="false"), ["tie_word_embeddings=false is not true or false"]),
         (edit_config(hidden_act="gelu"), ["hidden_act=gelu is not supported"]),
         (edit_config(quantization_config={}), ["quantization_config={} is not supported"]),
         (edit_config(num_hidden_layers=3), ["model.num_layers=2 is not the 3 of"]),
@@ -248,8 +311,11 @@ def unpair(held):
         (cut_short, ["is no whole safetensors file"]),
         (outside, ["names ../elsewhere.safetensors outside its folder"]),
         (lambda f: (f / "tokenizer.json").unlink(), ["holds no tokenizer.json; declare data.tokenizer.path"]),
-        (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer.json is no tokenizer.json"]),
-        (larger_tokenizer, ["tokenizer.json has 521 entries and the embedding 512 rows"]),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), ["is no tokenizer.json"]),
+        (lambda f: (f / "tokenizer_config.json").write_text("[]"), ["is no JSON object"]),
+        (lambda f: (f / "tokenizer_config.json").write_text('{"eos_token": "a", "bos_token": 5}'), ["that is no text"]),
+        (larger_tokenizer, ["tokenizer.json needs 5001 rows and the embedding has 512"]),
+        (lacking, ["names ghost.weight in files that do not hold them"]),
     ],
 )
 def test_a_folder_that_does_not_agree_is_refused(copied, harm, messages):
@@ -280,6 +346,15 @@ def test_another_tokenizer_than_that_of_the_weights_is_refused_with_the_first_to
     with pytest.raises(
         ExperimentError, match=r"is not the tokenizer of continue_from=.*'Ġa' is \d+ here and \d+ there"
     ):
+        huggingface.check_agreement(declared, folder.parent, tokens.read(folder.parent / "mine.json"))
+
+
+def test_another_normalizer_with_the_same_vocabulary_is_refused_too(copied):
+    folder, declared = copied
+    declared = override(declared, {"data.tokenizer.path": "mine.json"})
+    text = json.loads((folder / "tokenizer.json").read_text()) | {"normalizer": {"type": "Lowercase"}}
+    (folder.parent / "mine.json").write_text(json.dumps(text))
+    with pytest.raises(ExperimentError, match="its normalizer differs"):
         huggingface.check_agreement(declared, folder.parent, tokens.read(folder.parent / "mine.json"))
 
 
