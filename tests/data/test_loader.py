@@ -8,6 +8,7 @@ import pytest
 from euroflax.data import loader
 from euroflax.data.loader import BATCH_KEYS, Rows, batches
 from euroflax.data.prepare import prepare
+from euroflax.experiment import ExperimentError
 from tests.conftest import ROOT, small
 
 
@@ -71,8 +72,8 @@ def test_a_row_is_of_one_source_and_names_its_documents(declared, prepared):
         assert len(placed.documents) == placed.row.segment_ids.max()
 
 
-def test_each_epoch_of_a_source_reads_each_of_its_rows_once(declared, prepared):
-    rows = Rows(declared, prepared)
+def test_each_epoch_of_a_source_reads_each_of_its_rows_once(prepared):
+    rows = Rows(small(training__tokens=1000 * 64), prepared)
     per_epoch = rows.mixture.rows_per_epoch[0]
     seen = []
     for index in itertools.count():
@@ -89,3 +90,10 @@ def test_each_epoch_of_a_source_reads_each_of_its_rows_once(declared, prepared):
 def test_the_seed_changes_the_order(declared, prepared):
     other = dataclasses.replace(declared, training=dataclasses.replace(declared.training, seed=1))
     assert not same(Rows(declared, prepared).batch(range(41)), Rows(other, prepared).batch(range(41)))
+
+
+def test_a_row_that_the_run_does_not_have_is_refused(declared, prepared):
+    rows = Rows(declared, prepared)
+    for index in (-1, 41):
+        with pytest.raises(ExperimentError, match=f"row={index} is not in the run; use 0 to 40"):
+            rows.row(index)
