@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from euroflax.experiment import Experiment, ExperimentError, Model
+from euroflax.experiment.codec import shown
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
 """What can be read and written, with the `model_type`: Qwen3 is Llama with QK-norm."""
@@ -186,15 +187,21 @@ def _unsupported(config: dict, model_type: str, where: str) -> list[str]:
         "mlp_bias": False,
         "use_sliding_window": False,
         "quantization_config": None,
+        "partial_rotary_factor": 1.0,
+        "layer_types": ["full_attention"] * _length(config.get("layer_types")),
     }
     faults = [
-        f"{where}: {name}={config[name]} is not supported; it must be {json.dumps(value)}"
+        f"{where}: {name}={shown(config[name])} is not supported; it must be {shown(json.dumps(value))}"
         for name, value in plain.items()
         if config.get(name, value) not in (value, None)
     ]
     for name in ("rope_parameters", "rope_scaling"):
         rope = config.get(name)
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-        if kind not in (None, "default"):
+        if kind not in (None, "default") or (isinstance(rope, dict) and rope.get("partial_rotary_factor", 1.0) != 1.0):
             faults.append(f"{where}: {name}={rope} is not supported; use a model with plain rotary positions")
     return faults
+
+
+def _length(value: object) -> int:
+    return len(value) if isinstance(value, list) else 0
