@@ -133,6 +133,7 @@ def _write_rest(declared: Experiment, folder: pathlib.Path, tokenizer: pathlib.P
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": declared.data.sequence_length,
         **roles,
     }

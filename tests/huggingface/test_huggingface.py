@@ -85,6 +85,8 @@ def test_names_and_shapes_are_those_of_the_format(exported):
     output_NHKD = np.asarray(done.params["layers"]["attention"]["output_HKD"])
     np.testing.assert_array_equal(found["model.layers.0.self_attn.o_proj.weight"][:, 3 * 16 + 2], output_NHKD[0, 3, 2])
     config = json.loads((folder / "config.json").read_bytes())
+    beside = json.loads((folder / "tokenizer_config.json").read_bytes())
+    assert beside["model_input_names"] == ["input_ids", "attention_mask"] and beside["bos_token"] == "<|begin_of_text|>"
     assert config["architectures"] == ["Qwen3ForCausalLM"] and config["max_position_embeddings"] == 64
     assert {file.name for file in folder.iterdir()} == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
