@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 
-from euroflax import planning, report, verbs
+from euroflax import bench, planning, report, tables, verbs
 from euroflax.console import ConsoleDisplay, SilentDisplay
 from euroflax.experiment import Experiment
 from euroflax.folders import Folders
@@ -37,10 +37,19 @@ def _train(call: Call) -> None:
 
 def _check(call: Call) -> dict:
     found = verbs.check(call.declared, call.folders)
-    for source in found["sources"]:
-        call.display.note(f"{source['source']}: {source['files']} files, {planning.size(source['file_bytes'])}")
+    files, size = (sum(source[name] for source in found["sources"]) for name in ("files", "file_bytes"))
+    call.display.note(f"files       {files:,} of {len(found['sources'])} sources, {planning.size(size)}")
+    _tables(call, found["stages"])
+    for line in found["withdrawn"]:
+        call.display.note(line)
     call.display.note(f"{found['name']} is ready")
     return found
+
+
+def _tables(call: Call, stages: list[dict]) -> None:
+    if len(stages) > 1:
+        call.display.table(tables.stages(stages))
+    call.display.table(tables.mixture(stages))
 
 
 def _plan(call: Call) -> dict:
@@ -49,6 +58,7 @@ def _plan(call: Call) -> dict:
     made = verbs.plan(call.declared, call.folders, count)
     for line in planning.lines(made):
         call.display.note(line)
+    _tables(call, made.stages)
     return made.to_json()
 
 
@@ -57,6 +67,28 @@ def _prepare(call: Call) -> None:
     call.display.close()
     tokens = sum(store.num_tokens for _, store in prepared.train)
     call.display.note(f"prepared    {len(prepared.train)} sources, {tokens:,} tokens, in {call.folders.cache_dir}")
+    for line in verbs.about_rows(call.declared, prepared):
+        call.display.note(line)
+
+
+def _show(call: Call) -> dict:
+    options = call.options
+    if options.row is not None:
+        placed = verbs.show(call.declared, call.folders, options.row)
+        for line in tables.row(placed):
+            call.display.note(line)
+        return placed.to_json()
+    found = verbs.show_ledger(call.declared, call.folders, options.position)
+    for table in tables.ledger(found.entries, f"read in the first {found.position:,} of {found.total_rows:,} rows"):
+        call.display.table(table)
+    return dataclasses.asdict(found)
+
+
+def _bench(call: Call) -> dict:
+    found = bench.bench(call.declared, call.folders, call.options.rows or bench.ROWS, call.display, call.stop)
+    call.display.close()
+    call.display.table(bench.table(found))
+    return found
 
 
 def _evaluate(call: Call) -> dict:
@@ -134,6 +166,8 @@ COMMANDS: dict[str, Callable[[Call], object]] = {
     "check": _check,
     "plan": _plan,
     "prepare": _prepare,
+    "show": _show,
+    "bench": _bench,
     "evaluate": _evaluate,
     "generate": _generate,
     "export": _export,

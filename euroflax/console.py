@@ -11,6 +11,7 @@ from euroflax.languages import LANGUAGES
 
 _LINE_SECONDS = 15.0
 _MAX_COLUMNS = 6
+_WIDE = 240
 
 
 class ConsoleDisplay:
@@ -25,6 +26,12 @@ class ConsoleDisplay:
     def note(self, text: str) -> None:
         """Prints a sentence."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        """Prints a table, as wide as it needs to be where the output is no terminal."""
+        if not self._console.is_terminal:
+            self._console.width = max(self._console.width, _WIDE)
+        self._console.print(table)
 
     def progress(self, task: str, done: int, total: int) -> None:
         """Moves the bar of a task; a task that is done takes its bar away."""
@@ -110,6 +117,9 @@ class SilentDisplay:
     """Shows nothing: for processes other than the first, and where `verbs` are called without a display."""
 
     def evaluations(self, metrics: list[dict]) -> None:
+        """Shows nothing."""
+
+    def table(self, table: Table) -> None:
         """Shows nothing."""
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ counted. A language's figure is the sum of its nats over the sum of its bytes; `
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -15,7 +16,8 @@ import numpy as np
 from euroflax import model
 from euroflax.data.loader import empty_batch
 from euroflax.data.prepare import Prepared
-from euroflax.experiment import Experiment, Model
+from euroflax.data.store import Store
+from euroflax.experiment import Experiment, Model, Source
 from euroflax.languages import fold
 from euroflax.sharding import local_rows, place_batch
 
@@ -65,17 +67,19 @@ def _compiled_step(config: Model, chunk_tokens: int, num_languages: int) -> Call
     return jax.jit(step)
 
 
-def _num_documents(declared: Experiment, num_documents: int) -> int:
-    most = declared.evaluation.max_documents
-    return num_documents if most is None else min(num_documents, most)
+def _documents(declared: Experiment, prepared: Prepared, source: Source, store: Store) -> list[int]:
+    """The numbers of the documents that are read of a source: its first ones that are not withdrawn."""
+    left_out = prepared.left_out.get(source.name, frozenset())
+    numbers = (number for number in range(store.num_documents) if number not in left_out)
+    return list(itertools.islice(numbers, declared.evaluation.max_documents))
 
 
 def _bytes_by_language(declared: Experiment, prepared: Prepared) -> np.ndarray:
     sizes = np.zeros(len(declared.language_codes))
     for source, store in prepared.evaluation:
-        count = _num_documents(declared, store.num_documents)
+        numbers = _documents(declared, prepared, source, store)
         language = declared.language_codes.index(fold(source.language) or source.language)
-        sizes[language] += sum(document["bytes"] for document in store.documents(list(range(count))))
+        sizes[language] += sum(document["bytes"] for document in store.documents(numbers))
     return sizes
 
 
@@ -88,8 +92,8 @@ def _rows(declared: Experiment, prepared: Prepared) -> Iterator[list[Window]]:
     length = declared.data.sequence_length
     row: list[Window] = []
     filled = 0
-    for number, (_, store) in enumerate(prepared.evaluation):
-        for index in range(_num_documents(declared, store.num_documents)):
+    for number, (source, store) in enumerate(prepared.evaluation):
+        for index in _documents(declared, prepared, source, store):
             start, stop = store.document(index)
             for first in range(start + 1, stop - 1, length):
                 last = min(first + length, stop - 1)

@@ -1,9 +1,12 @@
 """Where things lie on disk, and how a file is replaced so that no reader ever sees half of it."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 
 from euroflax.experiment import ExperimentError
 
@@ -61,3 +64,11 @@ def replace_file(path: pathlib.Path, content: str | bytes) -> None:
 def replace_json(path: pathlib.Path, value: object) -> None:
     """Writes a value as indented JSON, whole or not at all."""
     replace_file(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Holds a lock that the kernel lets go when the process ends, however it ends."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

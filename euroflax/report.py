@@ -62,7 +62,7 @@ def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: 
         "manifest": manifest,
         "steps": steps,
         "done": steps[-1]["tokens"] if steps else 0,
-        "total": declared.total_rows * declared.data.sequence_length,
+        "total": declared.total_tokens,
         "evaluations": evaluations,
         "columns": _columns(evaluations),
         "most_bits": max((y for line in evaluations for y in line["figures"].values() if y is not None), default=0),
@@ -70,7 +70,10 @@ def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: 
         "speed": chart(speeds, "tokens a second", from_zero=True),
         "median_speed": statistics.median(speed for _, speed in speeds) if speeds else None,
         "languages": _languages(declared, steps, evaluations),
-        "mixture": _mixture(declared, manifest),
+        "mixture": _mixture(manifest),
+        "unit": manifest["mixture"]["resolved"][-1]["unit"],
+        "providers": _by(manifest, "provider"),
+        "read_languages": _by(manifest, "language"),
         "seconds": _seconds(manifest),
         "samples": samples,
         "experiment": (json.dumps(dataclasses.asdict(declared), indent=2, ensure_ascii=False)),
@@ -117,25 +120,32 @@ def _languages(declared: Experiment, steps: list[dict], evaluations: list[dict])
     return sorted(found, key=lambda entry: _name(entry["code"]))
 
 
-def _mixture(declared: Experiment, manifest: dict) -> list[dict]:
-    """Each source with its share as asked and as read, in the unit in which it was asked."""
-    mixture = manifest["mixture"]
-    rows, epochs = mixture.get("rows", {}), mixture["resolved"]["rows_per_epoch"]
-    train = [source for source in manifest["sources"] if source["split"] == "train"]
-    unit = mixture["unit"]
-    read = {s["name"]: rows.get(s["name"], 0) * s[unit] / epochs[s["name"]] for s in train}
-    asked = mixture["asked"] or {s["name"]: s[unit] / sum(t[unit] for t in train) for s in train}
-    total = sum(read.values())
-    return [
-        {
-            "source": source,
-            "asked": asked[source["name"]],
-            "read": read[source["name"]] / total if total else None,
-            "tokens": rows.get(source["name"], 0) * declared.data.sequence_length,
-            "epochs": rows.get(source["name"], 0) / epochs[source["name"]],
-        }
-        for source in train
-    ]
+def _mixture(manifest: dict) -> list[dict]:
+    """Each source with its share as asked by the last stage that began, and what the ledger says was read of it."""
+    position, entries = manifest["ledger"]["position"], manifest["ledger"]["entries"]
+    resolved = [stretch for stretch in manifest["mixture"]["resolved"] if stretch["first_row"] <= position][-1]
+    unit = resolved["unit"]
+    total = sum(entry[unit] for entry in entries)
+    found = []
+    for source in manifest["sources"]:
+        if source["split"] != "train":
+            continue
+        mine = [entry for entry in entries if entry["source"] == source["name"]]
+        read = {name: sum(entry[name] for entry in mine) for name in ("documents", "bytes", "tokens")}
+        share = read[unit] / total if total else None
+        asked = resolved["shares"][source["name"]]
+        found.append({"source": source, "asked": asked, "read": share, "epochs": mine[0]["epochs"], **read})
+    return found
+
+
+def _by(manifest: dict, field: str) -> list[dict]:
+    """Documents, bytes and tokens that were read, by language or provider, most bytes first."""
+    found: dict[str, dict] = {}
+    for entry in manifest["ledger"]["entries"]:
+        sums = found.setdefault(entry[field], {"name": entry[field], "documents": 0, "bytes": 0, "tokens": 0})
+        for name in ("documents", "bytes", "tokens"):
+            sums[name] += entry[name]
+    return sorted(found.values(), key=lambda sums: -sums["bytes"])
 
 
 def _seconds(manifest: dict) -> list[tuple[str, float]]:

@@ -19,6 +19,8 @@ VERBS = {
     "check": "look at values, files and folders, without an accelerator",
     "plan": "parameters, tokens, mixture and memory, without an accelerator",
     "prepare": "make the tokenizer and the token stores",
+    "show": "the text behind --row I of the run, or with --ledger what it has read of whom",
+    "bench": "speed of the loader over the experiment's sources, beside Grain's and Hugging Face's",
     "evaluate": "bits per byte of the latest checkpoint, by language",
     "generate": "continue --prompt TEXT by the latest checkpoint",
     "export": "write the latest checkpoint as a Hugging Face folder, hf in the run folder",
@@ -26,7 +28,11 @@ VERBS = {
 }
 _ON_DEVICES = ("train", "evaluate", "generate")
 _ONLY_FOR = {
-    "json": ("check", "plan", "evaluate", "generate"),
+    "json": ("check", "plan", "evaluate", "generate", "show", "bench"),
+    "row": ("show",),
+    "ledger": ("show",),
+    "position": ("show",),
+    "rows": ("bench",),
     "prompt": ("generate",),
     "max_new_tokens": ("generate",),
     "temperature": ("generate",),
@@ -137,6 +143,12 @@ def _add_flags_of_verbs(parser: argparse.ArgumentParser) -> None:
     writing.add_argument("--top-p", type=float, metavar="P", help="draw from as few as have probability P (1)")
     writing.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     writing.add_argument("--seed", type=int, metavar="N", help="seeds the draws (0)")
+    showing = parser.add_argument_group("show")
+    showing.add_argument("--row", type=int, metavar="I", help="row of the run, from 0, as `sequences` counts them")
+    showing.add_argument("--ledger", action="store_true", default=None, help="what was read by source and provider")
+    showing.add_argument("--position", type=int, metavar="N", help="after N rows (where the run's record ends)")
+    benching = parser.add_argument_group("bench")
+    benching.add_argument("--rows", type=int, metavar="N", help="rows to read (20,000)")
     exporting = parser.add_argument_group("export")
     exporting.add_argument("--dtype", metavar="TYPE", help="type of the tensors: float32 or bfloat16 (float32)")
 
@@ -146,6 +158,10 @@ def _check_flags(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None and options.verb not in verbs:
             flag = f"--{name.replace('_', '-')}"
             raise ExperimentError(f"{flag} is not for {options.verb}; it goes with {', '.join(verbs)}")
+    if options.verb == "show" and (options.row is None) == (options.ledger is None):
+        raise ExperimentError("show needs one of --row I and --ledger")
+    if options.position is not None and options.ledger is None:
+        raise ExperimentError("--position goes with --ledger")
     if options.verb == "generate" and not options.prompt:
         raise ExperimentError("generate has nothing to continue; give --prompt TEXT")
 

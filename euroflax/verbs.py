@@ -11,10 +11,13 @@ import jax
 from euroflax import evaluation, generation, huggingface, planning, sharding
 from euroflax.checkpoint import SavedParams, latest_step, open_latest
 from euroflax.console import SilentDisplay, evaluations_as_html
-from euroflax.data import documents, mixture
+from euroflax.data import documents, withdrawals
 from euroflax.data import prepare as preparation
 from euroflax.data import tokenizer as tokens
+from euroflax.data.ledger import Entry, ledger
+from euroflax.data.loader import PlacedRow, Rows
 from euroflax.data.prepare import Prepared
+from euroflax.data.store import NotPrepared
 from euroflax.data.tokenizer import Tokenizer
 from euroflax.experiment import Experiment, ExperimentError, from_json
 from euroflax.folders import Folders, make_folder
@@ -22,7 +25,7 @@ from euroflax.generation import Completion, Sampling
 from euroflax.huggingface.card import model_card
 from euroflax.training import loop
 from euroflax.training.clock import Clock
-from euroflax.training.record import read_manifest, read_metrics
+from euroflax.training.record import read_json, read_manifest, read_metrics
 from euroflax.training.step import abstract_state
 from euroflax.training.stop import Stop
 
@@ -79,6 +82,10 @@ def check(declared: Experiment, folders: Folders) -> dict:
             huggingface.check_agreement(declared, folders.data_root)
         except ExperimentError as error:
             faults.extend(error.faults)
+    try:
+        withdrawals.read_lists(declared, folders)
+    except ExperimentError as error:
+        faults.extend(error.faults)
     for path, option in ((folders.cache_dir, "--cache-dir"), (folders.run_dir(declared.name), "run folder")):
         try:
             make_folder(path, option)
@@ -86,7 +93,14 @@ def check(declared: Experiment, folders: Folders) -> dict:
             faults.extend(error.faults)
     if faults:
         raise ExperimentError(*faults)
-    return {"name": declared.name, "sources": sources, "faults": []}
+    try:
+        prepared = preparation.open_prepared(declared, folders)
+    except NotPrepared:
+        prepared = None
+    order = None if prepared is None else Rows(declared, prepared).order
+    stages = planning.describe_stages(declared, order)
+    left_out = [] if prepared is None else about_withdrawn(prepared)
+    return {"name": declared.name, "sources": sources, "stages": stages, "withdrawn": left_out, "faults": []}
 
 
 def prepare(
@@ -118,10 +132,10 @@ def plan(declared: Experiment, folders: Folders, num_devices: int | None = None)
         sizes = (getattr(declared.mesh, axis) for axis in sharding.AXES)
         num_devices = functools.reduce(lambda product, size: product * max(size, 1), sizes, 1)
     try:
-        resolved = mixture.resolve(declared, preparation.open_prepared(declared, folders))
+        prepared = preparation.open_prepared(declared, folders)
     except ExperimentError:
-        resolved = None
-    return planning.make_plan(declared, num_devices, resolved)
+        return planning.make_plan(declared, num_devices)
+    return planning.make_plan(declared, num_devices, Rows(declared, prepared).order)
 
 
 def train(
@@ -146,13 +160,79 @@ def train(
     with clock.on("prepare"):
         prepared = prepare(declared, folders, display, stop)
     display.note(_about_tokenizer(prepared))
-    resolved = mixture.resolve(declared, prepared)
-    for line in planning.lines(planning.make_plan(declared, jax.device_count(), resolved)):
+    for line in about_withdrawn(prepared):
+        display.note(line)
+    for line in planning.lines(planning.make_plan(declared, jax.device_count(), Rows(declared, prepared).order)):
         display.note(line)
     opens = functools.partial(huggingface.check_agreement, declared, folders.data_root, prepared.tokenizer)
     weights = None if declared.continue_from is None else opens
     params = loop.train(declared, prepared, weights, run_dir, display, stop, clock)
     return Run(run_dir, params, read_metrics(run_dir))
+
+
+def about_rows(declared: Experiment, prepared: Prepared) -> list[str]:
+    """The rows of each length in a line each, with the share of padding, and what is withdrawn."""
+    lines = []
+    for length in dict.fromkeys(span.sequence_length for span in declared.spans):
+        packed = [
+            packing
+            for (_, how), packing in prepared.packings.items()
+            if how.sequence_length == length and not how.withdrawn
+        ] or [packing for (_, how), packing in prepared.packings.items() if how.sequence_length == length]
+        rows, tokens = sum(p.num_rows for p in packed), sum(p.num_tokens for p in packed)
+        cut = sum(p.store.num_tokens for p in packed) - tokens if declared.data.long_documents == "cut" else 0
+        more = f", {cut:,} tokens cut off long documents" if cut else ""
+        lines.append(
+            f"rows        {rows:,} of {length:,} tokens ({declared.data.packing}), "
+            f"{100 * (1 - tokens / (rows * length)):.2f}% padding{more}"
+        )
+    return lines + about_withdrawn(prepared)
+
+
+def about_withdrawn(prepared: Prepared) -> list[str]:
+    """What the block lists as they are now leave out, a line a source."""
+    lines = []
+    for name, ids in prepared.withdrawn.items():
+        unknown = prepared.unknown_ids[name]
+        shown = f" ({', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''})" if unknown else ""
+        lines.append(f"withdrawn   source {name}: {len(ids)} ids listed, {len(unknown)} of them unknown{shown}")
+    return lines
+
+
+def show(declared: Experiment, folders: Folders, index: int) -> PlacedRow:
+    """A row of the run, with what its run folder says of withdrawn documents.
+
+    Raises:
+        ExperimentError: the run has no such row, or is not prepared.
+    """
+    return Rows(declared, preparation.open_prepared(declared, folders)).row(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """What a run has read."""
+
+    position: int
+    total_rows: int
+    skipped_ranges: list[tuple[int, int]]
+    entries: list[Entry]
+
+
+def show_ledger(declared: Experiment, folders: Folders, position: int | None = None) -> Read:
+    """What the run has read at a position; by default where its record ends, or at its end where it has not begun.
+
+    Raises:
+        ExperimentError: the run has no such position, or is not prepared.
+    """
+    prepared = preparation.open_prepared(declared, folders)
+    manifest = read_json(folders.run_dir(declared.name) / "manifest.json") or {}
+    if position is None:
+        position = manifest.get("ledger", {}).get("position") or declared.total_rows
+    if not 0 <= position <= declared.total_rows:
+        raise ExperimentError(f"position={position} is not in the run; use 0 to {declared.total_rows}")
+    skipped = [(start, stop) for start, stop in manifest.get("skipped_ranges", [])]
+    entries = ledger(declared, Rows(declared, prepared).order, position, skipped)
+    return Read(position, declared.total_rows, skipped, entries)
 
 
 def _about_tokenizer(prepared: Prepared) -> str:
@@ -220,7 +300,7 @@ def generate(
     with jax.set_mesh(mesh):
         saved = _open_saved(declared, run_dir, tokenizer, display or SilentDisplay())
         params = saved.place(abstract_state(declared, mesh).params)
-        length = declared.data.sequence_length
+        length = declared.context_length
         proceed = (stop or Stop()).check
         return generation.generate(declared.model, params, tokenizer, length, prompts, sampling, on_text, proceed)
 

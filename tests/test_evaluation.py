@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import jax
@@ -10,12 +9,12 @@ from euroflax.data.prepare import prepare
 from tests.conftest import small
 
 
-def plain(declared, prepared, params):
+def plain(declared, prepared, params, documents=1000):
     """Bits per byte by the definition, a window at a time."""
     sums = {}
     apply = jax.jit(model.apply, static_argnums=0)
     for source, store in prepared.evaluation:
-        for index in range(store.num_documents):
+        for index in range(min(documents, store.num_documents)):
             start, stop = store.document(index)
             text = store.read(start + 1, stop - 1)
             size = store.documents([index])[0]["bytes"]
@@ -54,13 +53,9 @@ def test_it_agrees_with_a_plain_computation(folders, mesh, length):
 def test_a_bound_on_documents_takes_the_first_ones(folders):
     declared = small(evaluation__max_documents=1)
     prepared = prepare(declared, folders)
-    first = [
-        (source, dataclasses.replace(store, manifest=store.manifest | {"documents": 1}))
-        for source, store in prepared.evaluation
-    ]
     params = jax.jit(model.init, static_argnums=0)(declared.model, jax.random.key(0))
     mesh = sharding.make_mesh(declared)
     with jax.set_mesh(mesh):
         found = evaluation.bits_per_byte(declared, prepared, params, mesh)
-    expected = plain(declared, dataclasses.replace(prepared, evaluation=tuple(first)), params)
+    expected = plain(declared, prepared, params, documents=1)
     assert found["bits_per_byte.el"] == pytest.approx(expected["bits_per_byte.el"], rel=1e-5)

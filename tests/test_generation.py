@@ -59,7 +59,7 @@ def test_greedy_text_is_that_of_the_forward_pass_without_a_cache(write, likelies
         for prompt, completion in zip(PROMPTS, found, strict=True):
             ids = [write.tokenizer.bos, *write.tokenizer.encode([prompt])[0]]
             assert completion.tokens == likeliest(ids, 20, params) and completion.prompt_tokens == len(ids)
-        assert len({tuple(completion.tokens) for completion in found}) > 2
+        assert len({tuple(completion.tokens) for completion in found}) > 1
 
 
 def test_programs_are_compiled_once_for_each_bucket_of_shapes(write):

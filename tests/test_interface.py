@@ -25,8 +25,8 @@ if {guard}:
     run = euroflax.train(exp, runs_dir=root / "runs", devices="cpu:8", **folders)
     row = euroflax.row(exp, prepared, 0)
     logits = euroflax.model.apply(exp.model, run.params, {{
-        "tokens_BL": row.row.tokens[None], "segment_ids_BL": row.row.segment_ids[None],
-        "positions_BL": row.row.positions[None]}})
+        "tokens_BL": row.tokens[None], "segment_ids_BL": row.segment_ids[None],
+        "positions_BL": row.positions[None]}})
     sampling = euroflax.Sampling(max_new_tokens=3)
     (said,) = euroflax.generate(exp, "The", sampling, root / "runs", **folders)
     found = euroflax.evaluate(exp, root / "runs", **folders)

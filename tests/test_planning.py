@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from euroflax import planning, verbs
-from euroflax.data import mixture
+from euroflax.data.loader import Rows
 from euroflax.data.prepare import prepare
 from euroflax.experiment import ExperimentError, load
 from euroflax.training.step import abstract_state, init_state
@@ -31,11 +31,14 @@ def test_memory_is_what_the_devices_really_hold():
 
 def test_tokens_steps_and_epochs_are_those_of_the_run(folders):
     declared = small(training__tokens=19 * 64)
-    resolved = mixture.resolve(declared, prepare(declared, folders))
-    made = planning.make_plan(declared, 8, resolved)
+    order = Rows(declared, prepare(declared, folders)).order
+    made = planning.make_plan(declared, 8, order)
     assert (made.tokens, made.steps) == (19 * 64, 3)
-    assert sum(row["rows"] for row in made.mixture) == 19
-    assert all(row["epochs"] == row["rows"] / n for row, n in zip(made.mixture, resolved.rows_per_epoch, strict=True))
+    (stage,) = made.stages
+    assert sum(row["rows"] for row in stage["sources"]) == 19
+    for row, rows in zip(stage["sources"], order.stretches[0].sources, strict=True):
+        assert row["epochs"] == row["rows"] / rows.packing.num_rows and row["size"] == "measured"
+    assert sum(entry["rows"] for entry in made.ledger) == 19
     assert verbs.plan(declared, folders, 8).to_json() == made.to_json()
 
 
@@ -45,7 +48,11 @@ def test_a_plan_needs_no_data_and_no_devices(folders):
     assert made.memory_bytes["parameters"] == pytest.approx(4 * made.parameters / 64, rel=0.01)
     text = "\n".join(planning.lines(made))
     assert "24 sources in 24 languages" in text and "33.33% (hplt3-en)" in text
-    assert {row["size"] for row in made.mixture} == {"declared"}
+    assert {row["size"] for row in made.stages[0]["sources"]} == {"declared"}
+    assert {entry["size"] for entry in made.ledger} == {"declared"}
+    english = next(row for row in made.stages[0]["sources"] if row["source"] == "hplt3-en")
+    assert english["natural"] == pytest.approx(2000 / 5676.58, rel=1e-3)
+    assert english["epochs"] == pytest.approx(2e12 / 3 / 2000e9, rel=1e-3)
 
 
 def test_a_mesh_that_does_not_fit_is_refused():

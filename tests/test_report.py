@@ -125,7 +125,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
     ("name", "content", "message"),
     [
         ("experiment.json", "{", "experiment.json is not a JSON object; restore it"),
-        ("manifest.json", "{}", "lacks versions, data, mixture, sources, tokenizer, sessions; restore it"),
+        ("manifest.json", "{}", "lacks versions, data, mixture, ledger, sources, tokenizer, sessions; restore it"),
         ("manifest.json", None, "holds no manifest.json; train first"),
     ],
 )
@@ -189,11 +189,12 @@ def thirty_six(copied):
 
     def widen(manifest):
         manifest["sources"] = [manifest["sources"][0] | {"name": f"sample-{c}", "language": c} for c in codes]
-        rows = dict.fromkeys((f"sample-{code}" for code in codes), 1)
-        manifest["mixture"] = {
-            "asked": {name: 1 / 36 for name in rows}, "unit": "bytes", "rows": rows,
-            "resolved": {"rows_per_epoch": dict.fromkeys(rows, 30)},
-        }  # fmt: skip
+        names = [f"sample-{code}" for code in codes]
+        entry = manifest["ledger"]["entries"][0]
+        manifest["ledger"]["entries"] = [
+            entry | {"source": name, "language": code} for name, code in zip(names, codes, strict=True)
+        ]
+        manifest["mixture"]["resolved"][0]["shares"] = dict.fromkeys(names, 1 / 36)
         manifest["tokenizer"] = dict.fromkeys(codes, manifest["tokenizer"]["en"])
 
     edit(copied / "manifest.json", widen)

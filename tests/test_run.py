@@ -28,7 +28,10 @@ def rejected(capsys, *arguments):
         ("model.num_layer=3", "model.num_layer is not a field of Model; its nearest are num_layers"),
         ("model.num_layers=two", "model.num_layers=two has the wrong type; give a whole number"),
         ("model.num_kv_heads=3", "model.num_kv_heads=3 does not divide model.num_heads=4; use one of"),
-        ('data.mixture.weights={"sample-bg": 0.9}', "data.mixture.weights sum to 0.9, not 1; rescaled"),
+        (
+            'data.mixture.weights={"sample-bg": 0.9}',
+            "data.mixture.weights sum to 0.9, not 1; divide each by 0.9: rescaled",
+        ),
         ("model.num_layers", "--set model.num_layers has no value; write --set FIELD=VALUE"),
     ],
 )
@@ -184,7 +187,7 @@ def test_interrupting_preparation_leaves_nothing_half_and_ends_with_75(tmp_path)
     declared = dataclasses.replace(declared, data=dataclasses.replace(declared.data, sources=changed))
     path = write_experiment(tmp_path / "x.py", declared)
     process = start(path, "prepare", *options(tmp_path))
-    while process.poll() is None and not list((tmp_path / "cache").glob("stores/*.partial/ends.i64")):
+    while process.poll() is None and not list((tmp_path / "cache").glob("stores/*.partial/ends")):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

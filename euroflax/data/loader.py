@@ -2,38 +2,98 @@
 
 import dataclasses
 import html
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from euroflax.data import mixture
-from euroflax.data.packing import Row, cut_row, epoch_keys, permute
+from euroflax.data.order import Order
+from euroflax.data.packing import Packing
 from euroflax.data.prepare import Prepared
-from euroflax.experiment import Experiment, ExperimentError, Source
+from euroflax.data.withdrawals import Withdrawal
+from euroflax.experiment import Experiment, ExperimentError, Source, Span
 from euroflax.languages import fold
 
 BATCH_KEYS = ("tokens_BL", "targets_BL", "loss_weights_BL", "segment_ids_BL", "positions_BL", "language_ids_BL")
 
+Batch = dict[str, np.ndarray]
 
-def empty_batch(num_rows: int, length: int, pad: int) -> dict[str, np.ndarray]:
+
+def empty_batch(num_rows: int, length: int, pad: int) -> Batch:
     """A batch of padding, `[num_rows, length]` each: int32, and float32 loss weights of 0."""
-    batch: dict[str, np.ndarray] = {key: np.zeros((num_rows, length), np.int32) for key in BATCH_KEYS}
+    batch: Batch = {key: np.zeros((num_rows, length), np.int32) for key in BATCH_KEYS}
     batch["loss_weights_BL"] = np.zeros((num_rows, length), np.float32)
     batch["tokens_BL"][:] = batch["targets_BL"][:] = pad
     return batch
+
+
+def fill_row(batch: Batch, at: int, packing: Packing, row: int, unlearnt: int | None = None) -> np.ndarray:
+    """Puts a row of a packing into row `at` of an empty batch and returns its pieces.
+
+    Segments are numbered 1, 2, ... by piece and positions begin at 0 in each. The target of a token is the next one
+    of its document; the last one of a document has none, and so a loss weight of 0, as has the target `unlearnt`.
+    """
+    pieces = packing.pieces(row)
+    store = packing.store
+    starts, counts = pieces["start"], pieces["count"]
+    stops = starts + counts
+    apart = np.flatnonzero(starts[1:] != stops[:-1]) + 1  # pieces that lie side by side are read at once
+    runs = zip([0, *apart.tolist()], [*apart.tolist(), len(pieces)], strict=True)
+    place = 0
+    for first, last in runs:
+        start, stop = int(starts[first]), int(stops[last - 1])
+        read = store.read(start, min(stop + 1, store.num_tokens))
+        size = stop - start
+        batch["tokens_BL"][at, place : place + size] = read[:size]
+        batch["targets_BL"][at, place : place + len(read) - 1] = read[1:]
+        place += size
+    segments = np.repeat(np.arange(1, len(pieces) + 1, dtype=np.int32), counts)
+    ends = np.cumsum(counts)
+    batch["segment_ids_BL"][at, :place] = segments
+    batch["positions_BL"][at, :place] = np.arange(place, dtype=np.int32) - (ends - counts)[segments - 1]
+    weights = batch["loss_weights_BL"][at]
+    weights[:place] = 1
+    weights[ends[pieces["ends"] == 1] - 1] = 0
+    if unlearnt is not None:
+        weights[batch["targets_BL"][at] == unlearnt] = 0
+    return pieces
 
 
 @dataclasses.dataclass(frozen=True)
 class PlacedRow:
     """A row of the run with where it comes from."""
 
-    row: Row
+    index: int
+    tokens: np.ndarray
+    """`[L]`, as all arrays of a row."""
+    targets: np.ndarray
+    loss_weights: np.ndarray
+    """1 where the target belongs to the same document as the token, else 0."""
+    segment_ids: np.ndarray
+    """1, 2, ... for the pieces of the row, 0 for padding."""
+    positions: np.ndarray
+    """Positions within the piece."""
     source: Source
+    stage: int
+    """0 for what the run begins with."""
     epoch: int
     documents: list[dict]
-    """The documents of the row: id, bytes, and provider and licence where they vary."""
+    """The document of each piece: id, bytes, and provider and licence where they vary."""
+    spans: list[tuple[int, int, int]]
+    """Of each piece: its first and last-plus-one token in its document, and the tokens of the document."""
     texts: list[str]
-    """The text of each document, as much of it as the row holds."""
+    """The text of each piece."""
+
+    def to_json(self) -> dict:
+        """The row as JSON."""
+        names = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
+        arrays = {name: getattr(self, name).tolist() for name in names}
+        about = {"source": self.source.name, "language": self.source.language, "stage": self.stage, "epoch": self.epoch}
+        pieces = [
+            {"document": document, "first_token": first, "stop_token": last, "document_tokens": length, "text": text}
+            for document, (first, last, length), text in zip(self.documents, self.spans, self.texts, strict=True)
+        ]
+        return {"row": self.index, **about, "segments": pieces, **arrays}
 
     def _repr_html_(self) -> str:
         shades = ("#cfe0f5", "#f5e6c4")
@@ -49,20 +109,30 @@ class PlacedRow:
 class Rows:
     """All rows of a run: row i is the same however, whenever and on whatever host it is asked for."""
 
-    def __init__(self, experiment: Experiment, prepared: Prepared) -> None:
-        self._experiment, self._prepared = experiment, prepared
-        self.mixture = mixture.resolve(experiment, prepared)
-        codes = experiment.language_codes
-        self._language_ids = [codes.index(fold(source.language)) for source, _ in prepared.train]
+    def __init__(
+        self, experiment: Experiment, prepared: Prepared, withdrawals: tuple[Withdrawal, ...] | None = None
+    ) -> None:
+        """Opens the rows.
 
-    def _cut(self, index: int) -> tuple[Row, int, int]:
-        source, drawn = self.mixture.place(index)
-        epoch, offset = divmod(drawn, self.mixture.rows_per_epoch[source])
-        keys = epoch_keys(self._experiment.training.seed, self.mixture.names[source], epoch)
-        place = permute(offset, self.mixture.rows_per_epoch[source], keys)
-        store = self._prepared.train[source][1]
-        length = self._experiment.data.sequence_length
-        return cut_row(store, place, length, self._prepared.tokenizer.pad), source, epoch
+        Args:
+            experiment: the run.
+            prepared: its stores.
+            withdrawals: which documents are left out, and from where; by default as `prepared` has it on record.
+
+        Raises:
+            ExperimentError: a stage's cap on epochs cannot be met, or a share is too small.
+        """
+        self._experiment, self._prepared = experiment, prepared
+        self.order = Order(experiment, prepared, prepared.withdrawals() if withdrawals is None else withdrawals)
+        codes = experiment.language_codes
+        self._language_ids = [codes.index(fold(source.language) or "") for source, _ in prepared.train]
+
+    def _fill(self, batch: Batch, at: int, index: int) -> np.ndarray:
+        place = self.order.place(index)
+        batch["language_ids_BL"][at] = self._language_ids[place.source]
+        packing = place.stretch.sources[place.source].packing
+        unlearnt = None if self._experiment.data.loss_at_document_end else self._prepared.tokenizer.eos
+        return fill_row(batch, at, packing, place.row, unlearnt)
 
     def row(self, index: int) -> PlacedRow:
         """Row `index` of the run with its source and documents.
@@ -72,23 +142,39 @@ class Rows:
         """
         if not 0 <= index < self._experiment.total_rows:
             raise ExperimentError(f"row={index} is not in the run; use 0 to {self._experiment.total_rows - 1}")
-        row, source, epoch = self._cut(index)
-        declared, store = self._prepared.train[source]
-        tokens, segments = row.tokens, row.segment_ids
-        parts = [tokens[segments == segment + 1].tolist() for segment in range(len(row.documents))]
-        texts = [self._prepared.tokenizer.decode(part) for part in parts]
-        return PlacedRow(row, declared, epoch, store.documents(list(row.documents)), texts)
+        span = self._experiment.span_at(index)
+        batch = empty_batch(1, span.sequence_length, self._prepared.tokenizer.pad)
+        pieces = self._fill(batch, 0, index)
+        place = self.order.place(index)
+        source, store = self._prepared.train[place.source]
+        edges = [store.document(int(document)) for document in pieces["document"]]
+        spans = [
+            (int(piece["start"]) - first, int(piece["start"] + piece["count"]) - first, last - first)
+            for piece, (first, last) in zip(pieces, edges, strict=True)
+        ]
+        values = {key: batch[key][0] for key in BATCH_KEYS}
+        parts = [values["tokens_BL"][values["segment_ids_BL"] == n + 1].tolist() for n in range(len(pieces))]
+        return PlacedRow(
+            index=index,
+            tokens=values["tokens_BL"],
+            targets=values["targets_BL"],
+            loss_weights=values["loss_weights_BL"],
+            segment_ids=values["segment_ids_BL"],
+            positions=values["positions_BL"],
+            source=source,
+            stage=span.number,
+            epoch=place.epoch,
+            documents=store.documents(pieces["document"].tolist()),
+            spans=spans,
+            texts=[self._prepared.tokenizer.decode(part) for part in parts],
+        )
 
-    def batch(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        """The given rows of the run as a batch, `[len(indices), L]` each; rows past the run's end are masked."""
-        length = self._experiment.data.sequence_length
-        batch = empty_batch(len(indices), length, self._prepared.tokenizer.pad)
+    def batch(self, span: Span, indices: Sequence[int]) -> Batch:
+        """The given rows of a stage as a batch, `[len(indices), L]` each; rows past the stage's end are masked."""
+        batch = empty_batch(len(indices), span.sequence_length, self._prepared.tokenizer.pad)
         for at, index in enumerate(indices):
-            if index < self._experiment.total_rows:
-                row, source, _ = self._cut(index)
-                for key in BATCH_KEYS[:-1]:
-                    batch[key][at] = getattr(row, key.removesuffix("_BL"))
-                batch["language_ids_BL"][at] = self._language_ids[source]
+            if index < span.stop_row:
+                self._fill(batch, at, index)
         return batch
 
 
@@ -98,31 +184,32 @@ def row(experiment: Experiment, prepared: Prepared, index: int) -> PlacedRow:
 
 
 class _Batches:
-    """Batches from a position on, each of them only the rows that one process holds: what Grain indexes."""
+    """Batches of a stage from a position on, each only the rows that one process holds: what Grain indexes."""
 
-    def __init__(self, rows: Rows, position: int, batch_rows: int, total_rows: int, mine: Sequence[int]) -> None:
-        self._rows, self._position, self._batch_rows, self._mine = rows, position, batch_rows, mine
-        self._length = -(-(total_rows - position) // batch_rows)
+    def __init__(self, rows: Rows, span: Span, position: int, mine: Sequence[int]) -> None:
+        self._rows, self._span, self._position, self._mine = rows, span, position, mine
 
     def __len__(self) -> int:
-        return self._length
+        return math.ceil((self._span.stop_row - self._position) / self._span.batch_rows)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        start = self._position + index * self._batch_rows
-        return self._rows.batch([start + offset for offset in self._mine])
+    def __getitem__(self, index: int) -> Batch:
+        start = self._position + index * self._span.batch_rows
+        return self._rows.batch(self._span, [start + offset for offset in self._mine])
 
 
-def batches(experiment: Experiment, rows: Rows, position: int, mine: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of the rest of a run through Grain, read ahead in one thread.
+def batches(experiment: Experiment, rows: Rows, position: int, mine: Callable[[int], Sequence[int]]) -> Iterator[Batch]:
+    """The batches of the rest of a run through Grain, read ahead in one thread; no batch reaches over a stage's end.
 
     Args:
-        experiment: gives the size of a batch and the end of the run.
+        experiment: gives the stages.
         rows: the rows of the run.
         position: number of rows consumed so far; the whole state of the loader.
-        mine: which rows of each batch this process holds, by their place in the batch.
+        mine: which rows of a batch of so many this process holds, by their place in the batch.
     """
     import grain
 
-    source = _Batches(rows, position, experiment.batch_rows, experiment.total_rows, mine)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+    for span in experiment.spans:
+        if position < span.stop_row:
+            source = _Batches(rows, span, max(position, span.first_row), mine(span.batch_rows))
+            yield from grain.MapDataset.source(source).to_iter_dataset(options)

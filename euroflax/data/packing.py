@@ -1,92 +1,242 @@
-"""Rows out of a token store: fixed windows of its tokens, marked by document, in a seeded order for each epoch."""
+"""Rows out of a token store: which pieces of documents each row holds, planned once, window by window.
+
+A row is made of pieces: runs of tokens of one document. `concat` lays the documents of a window end to end and cuts
+rows out of them; `best-fit` puts each whole document into the row that it fills best, the longest first (best-fit
+decreasing: Johnson, "Near-optimal bin packing algorithms", 1973; for training rows Ding et al., "Fewer truncations
+improve language modeling", 2024). A document longer than a row goes on in further rows of its window, or is cut, as
+declared.
+"""
 
 import dataclasses
 import functools
-import hashlib
+import json
+import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
+from euroflax.data.arrays import ArrayWriter, FileArray
 from euroflax.data.store import Store
+from euroflax.experiment import ExperimentError, fingerprint
+from euroflax.folders import replace_json
 
-_ROUNDS = 6
-_MASK = 2**64 - 1
+_FORMAT = 1
+PIECE = np.dtype(
+    [
+        ("document", "<i8"),  # its number in the store
+        ("start", "<i8"),  # position of its first token in the store
+        ("count", "<i4"),  # tokens
+        ("bytes", "<i4"),  # text bytes of the document, in proportion to tokens where it is not whole
+        ("begins", "<i2"),  # 1 where the document begins with it
+        ("ends", "<i2"),  # 1 where the document ends with it
+    ]
+)
+WINDOW = np.dtype([("rows", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("documents", "<i8")])
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One training sequence; arrays are `[L]`."""
+class Recipe:
+    """What rows are made by."""
 
-    tokens: np.ndarray
-    targets: np.ndarray
-    loss_weights: np.ndarray
-    """1 where the target belongs to the same document as the token, else 0."""
-    segment_ids: np.ndarray
-    """1, 2, ... for the documents of the row, 0 for padding."""
-    positions: np.ndarray
-    """Positions within the part of the document that is in the row."""
-    documents: range
-    """Numbers of the documents in the store."""
+    sequence_length: int
+    packing: str
+    long_documents: str
+    withdrawn: tuple[str, ...]
+    """Ids of the documents that are left out, sorted."""
 
-
-def num_rows(store: Store, length: int) -> int:
-    """Rows of `length` tokens in one pass over a store: each token but the first is a target once."""
-    return max(1, -(-(store.num_tokens - 1) // length))
+    def key(self, store: Store) -> str:
+        """The name of the packing of a store."""
+        return fingerprint([_FORMAT, store.path.name, *dataclasses.astuple(self)])
 
 
-def cut_row(store: Store, index: int, length: int, pad: int) -> Row:
-    """Row `index` of a store in the order of its documents: tokens `index * length` onwards, padded at the end."""
-    start = index * length
-    stop = min(start + length + 1, store.num_tokens)
-    read = store.read(start, stop)
-    first = int(np.searchsorted(store.ends, start, "right"))
-    last = int(np.searchsorted(store.ends, stop - 1, "right"))
-    begins = np.zeros(len(read), np.int32)
-    begins[np.asarray(store.ends[first:last]) - start] = 1
-    begins[0] = 1
-    segments = np.cumsum(begins, dtype=np.int32)
-    indices = np.arange(len(read), dtype=np.int32)
-    positions = indices - indices[begins == 1][segments - 1]
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """The rows of a store, open for reading."""
 
-    def padded(values: np.ndarray, fill: int = 0) -> np.ndarray:
-        return np.pad(values.astype(np.int32), (0, length - len(values)), constant_values=fill)
+    path: pathlib.Path
+    store: Store
+    manifest: dict
 
-    return Row(
-        tokens=padded(read[:-1], pad),
-        targets=padded(read[1:], pad),
-        loss_weights=padded(segments[1:] == segments[:-1]).astype(np.float32),
-        segment_ids=padded(segments[:-1]),
-        positions=padded(positions[:-1]),
-        documents=range(first, first + int(segments[-2]) if len(segments) > 1 else first),
-    )
+    @property
+    def num_rows(self) -> int:
+        """Rows in one pass over the store."""
+        return self.manifest["rows"]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in one pass, padding not counted."""
+        return self.manifest["tokens"]
+
+    @property
+    def num_bytes(self) -> int:
+        """Text bytes in one pass."""
+        return self.manifest["bytes"]
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of the store."""
+        return self.store.manifest["windows"]
+
+    @functools.cached_property
+    def windows(self) -> FileArray:
+        """Rows, tokens, bytes and documents of each window, of type `WINDOW`."""
+        return FileArray(self.path / "windows", WINDOW, self.num_windows)
+
+    @functools.cached_property
+    def first_rows(self) -> np.ndarray:
+        """Rows before each window, and before the end, int64 `[windows + 1]`."""
+        return np.concatenate([[0], np.cumsum(self.windows.read(0, self.num_windows)["rows"])])
+
+    @functools.cached_property
+    def _pieces(self) -> FileArray:
+        return FileArray(self.path / "pieces", PIECE, self.manifest["pieces"])
+
+    @functools.cached_property
+    def _first_pieces(self) -> FileArray:
+        return FileArray(self.path / "first_pieces", "<i8", self.num_rows + 1)
+
+    def pieces(self, row: int) -> np.ndarray:
+        """The pieces of a row, of type `PIECE`."""
+        first, last = self._first_pieces.read(row, row + 2).tolist()
+        return self._pieces.read(first, last)
+
+    def pieces_of(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """The pieces of rows `start` to `stop`, and how many each row has."""
+        firsts = self._first_pieces.read(start, stop + 1)
+        return self._pieces.read(int(firsts[0]), int(firsts[-1])), np.diff(firsts)
+
+    def documents(self, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the documents that a window gives rows: numbers, tokens and bytes, int64 each."""
+        numbers, _, lengths, sizes = _documents(self.store, window, np.array(self.manifest["withdrawn"], np.int64))
+        if self.manifest["long_documents"] == "cut":
+            kept = np.minimum(lengths, self.manifest["sequence_length"])
+            return numbers, kept, sizes * kept // lengths
+        return numbers, lengths, sizes
 
 
-@functools.lru_cache(maxsize=4096)
-def epoch_keys(seed: int, source: str, epoch: int) -> tuple[int, ...]:
-    """Round keys of the permutation of a source's rows in an epoch."""
-    words = [hashlib.sha256(f"{seed}/{source}/{epoch}/{i}".encode()).digest() for i in range(_ROUNDS)]
-    return tuple(int.from_bytes(word[:8], "big") for word in words)
+def open_packing(path: pathlib.Path, store: Store) -> Packing | None:
+    """The packing in a folder; None where there is none, or one that was not finished.
 
-
-def permute(index: int, size: int, keys: tuple[int, ...]) -> int:
-    """Place of `index` in a pseudorandom permutation of `range(size)`, in constant memory.
-
-    A Feistel network over the next power of four, walked until it falls below `size` (Black and Rogaway, "Ciphers
-    with arbitrary finite domains", 2002).
+    Raises:
+        ExperimentError: its files are not as long as its manifest says.
     """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for key in keys:
-            left, right = right, left ^ (_mix(right + key) & mask)
-        index = left << half | right
-        if index < size:
-            return index
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        found = Packing(path, store, manifest)
+        arrays = (found.windows, found._pieces, found._first_pieces)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise ExperimentError(
+            f"packing {path} is not whole: its manifest is harmed; delete the folder and prepare again"
+        )
+    for array in arrays:
+        array.check_size()
+    return found
 
 
-def _mix(value: int) -> int:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    value &= _MASK
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK
-    return value ^ value >> 31
+def make_packing(path: pathlib.Path, store: Store, recipe: Recipe, advance: Callable[[int], None]) -> None:
+    """Plans the rows of a store and writes them into a folder, which is not there yet.
+
+    Args:
+        path: the folder.
+        store: the documents.
+        recipe: how.
+        advance: told how many tokens are packed.
+    """
+    path.mkdir(parents=True)
+    names = {"pieces": PIECE, "first_pieces": np.dtype("<i8"), "windows": WINDOW}
+    arrays = {name: ArrayWriter(path / name, dtype) for name, dtype in names.items()}
+    withdrawn, unknown = store.find(recipe.withdrawn)
+    totals = np.zeros(1, WINDOW)[0]
+    for window in range(store.manifest["windows"]):
+        numbers, starts, lengths, sizes = _documents(store, window, withdrawn)
+        pieces, rows = pack(numbers, starts, lengths, sizes, recipe)
+        order = np.lexsort((pieces["start"], rows))
+        pieces, rows = pieces[order], rows[order]
+        firsts = np.flatnonzero(np.diff(rows, prepend=-1))
+        arrays["first_pieces"].append(arrays["pieces"].length + firsts)
+        arrays["pieces"].append(pieces)
+        sums = (len(firsts), pieces["count"].sum(), pieces["bytes"].sum(dtype=np.int64), pieces["begins"].sum())
+        arrays["windows"].append(np.array([sums], WINDOW))
+        for name, value in zip(WINDOW.names or (), sums, strict=True):
+            totals[name] += value
+        advance(int(totals["tokens"]))
+    arrays["first_pieces"].append(np.array([arrays["pieces"].length]))
+    for array in arrays.values():
+        array.close()
+    facts = {name: int(totals[name]) for name in WINDOW.names or ()} | {"pieces": arrays["pieces"].length}
+    asked = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "withdrawn"}
+    left_out = {"withdrawn": withdrawn.tolist(), "unknown": unknown}
+    replace_json(path / "manifest.json", {"format": _FORMAT, **asked, **facts, **left_out})
+
+
+def _documents(store: Store, window: int, withdrawn: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Number, first position, tokens and bytes of the documents of a window, the withdrawn ones left out."""
+    first, last = store.windows.read(window, window + 2).tolist()
+    numbers = np.arange(first, last)
+    ends, sizes = (array.read(max(first - 1, 0), last) for array in (store.ends, store.text_bytes))
+    if first == 0:
+        ends, sizes = np.concatenate([[0], ends]), np.concatenate([[0], sizes])
+    kept = ~np.isin(numbers, withdrawn)
+    return numbers[kept], ends[:-1][kept], np.diff(ends)[kept], np.diff(sizes)[kept]
+
+
+def pack(
+    numbers: np.ndarray, starts: np.ndarray, lengths: np.ndarray, sizes: np.ndarray, recipe: Recipe
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces of documents, and the row of each, numbered from 0.
+
+    Args:
+        numbers: the documents' numbers.
+        starts: positions of their first tokens.
+        lengths: their tokens.
+        sizes: their bytes.
+        recipe: how they are packed.
+    """
+    length = recipe.sequence_length
+    kept = np.minimum(lengths, length) if recipe.long_documents == "cut" else lengths
+    laid = np.concatenate([[0], np.cumsum(kept)])  # where each document begins when they lie end to end
+    if recipe.packing == "concat":
+        cuts = np.arange(0, laid[-1], length)
+    else:
+        long = np.flatnonzero(kept > length)
+        cuts = np.concatenate([np.arange(laid[i], laid[i + 1], length) for i in long] or [np.zeros(0, np.int64)])
+    edges = np.unique(np.concatenate([laid, cuts]))
+    document = np.searchsorted(laid, edges[:-1], "right") - 1
+    first = edges[:-1] - laid[document]
+    last = first + np.diff(edges)
+    pieces = np.zeros(len(document), PIECE)
+    pieces["document"], pieces["start"] = numbers[document], starts[document] + first
+    pieces["count"] = last - first
+    pieces["bytes"] = sizes[document] * last // lengths[document] - sizes[document] * first // lengths[document]
+    pieces["begins"], pieces["ends"] = first == 0, last == lengths[document]
+    rows = edges[:-1] // length if recipe.packing == "concat" else best_fit(pieces["count"], length)
+    return pieces, rows
+
+
+def best_fit(counts: np.ndarray, length: int) -> np.ndarray:
+    """The row of each item, none longer than a row: the longest first, each into the fullest row that has room.
+
+    >>> best_fit(np.array([3, 6, 4, 5]), 9).tolist()
+    [0, 0, 1, 1]
+    """
+    rows = np.zeros(len(counts), np.int64)
+    open_rows: list[list[int]] = [[] for _ in range(length + 1)]
+    sizes = 0  # bit s is set where a row has room for s more tokens
+    used = 0
+    for item in np.argsort(-counts, kind="stable").tolist():
+        count = int(counts[item])
+        fits = sizes >> count
+        if fits:
+            room = count + (fits & -fits).bit_length() - 1
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                sizes ^= 1 << room
+        else:
+            room, row, used = length, used, used + 1
+        rows[item] = row
+        if left := room - count:
+            open_rows[left].append(row)
+            sizes |= 1 << left
+    return rows

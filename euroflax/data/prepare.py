@@ -4,7 +4,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import html
 import json
@@ -15,24 +14,18 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 
 from euroflax.data import documents, tokenizer
-from euroflax.data.store import Store, StoreWriter, open_store
+from euroflax.data.packings import Packings, make_packings, open_packings
+from euroflax.data.store import FORMAT, NotPrepared, Store, StoreWriter, open_store
 from euroflax.data.tokenize import ALL, HELD_OUT, TRAIN, Tokenize, TokenizingPool
 from euroflax.data.tokenizer import Tokenizer
+from euroflax.data.withdrawals import Ids, Withdrawal, continued, read_history, read_lists
 from euroflax.experiment import Experiment, ExperimentError, Source, fingerprint
-from euroflax.folders import Folders, make_folder, replace_file, replace_json
+from euroflax.folders import Folders, locked, make_folder, replace_file, replace_json
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the bytes done and the bytes in all."""
 
 _LINES_TO_JUDGE_BY = 10_000
-
-
-class NotPrepared(ExperimentError):
-    """A store or tokenizer is not in the cache."""
-
-    def __init__(self, part: str) -> None:
-        super().__init__(f"{part} is not prepared; run the verb prepare first")
-        self.part = part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +38,22 @@ class Prepared:
     """Each source of `data.sources` with its store, held-out documents left out."""
     evaluation: tuple[tuple[Source, Store], ...]
     """Each source that is evaluated on: the held-out shares, then `evaluation.sources`."""
+    packings: Packings
+    """The rows of each source of `train`, for each length of rows and each block list."""
+    withdrawn: Ids
+    """The block lists as they are now."""
+    history: tuple[Withdrawal, ...]
+    """What the run left out so far; empty where it has not begun."""
+    left_out: dict[str, frozenset[int]]
+    """Numbers of the documents of the held-out shares that are withdrawn now, by source."""
+    unknown_ids: dict[str, list[str]]
+    """Ids of the block lists as they are now that no document has, by source."""
+
+    def withdrawals(self, position: int | None = None) -> tuple[Withdrawal, ...]:
+        """What the run leaves out, and from where: if it goes on at a position now, or as it stands on record."""
+        if position is None and self.history:
+            return self.history
+        return continued(self.history, self.withdrawn, position or 0)
 
     def _repr_html_(self) -> str:
         cells = "".join(
@@ -93,7 +102,15 @@ def prepare(experiment: Experiment, folders: Folders, progress: Progress = lambd
     missing = [part for part in _parts(experiment, known, digests) if _find(folders, part) is None]
     if missing:
         _make_stores(experiment, folders, path, missing, progress)
+    train, _ = _open_stores(experiment, folders, known, digests)
+    make_packings(experiment, folders.cache_dir, train, _lists(experiment, folders), progress)
     return open_prepared(experiment, folders)
+
+
+def _lists(experiment: Experiment, folders: Folders) -> list[Ids]:
+    """The block lists that the rows of the run depend on: as they are now, and as they were."""
+    history = read_history(folders.run_dir(experiment.name))
+    return [read_lists(experiment, folders), *(entry.ids for entry in history)]
 
 
 def open_prepared(experiment: Experiment, folders: Folders) -> Prepared:
@@ -107,6 +124,34 @@ def open_prepared(experiment: Experiment, folders: Folders) -> Prepared:
     if not path.is_file() and experiment.tokenizer_path is None:
         raise NotPrepared("data.tokenizer")
     known = _checked_tokenizer(experiment, path)
+    train, evaluation = _open_stores(experiment, folders, known, digests)
+    packings = open_packings(experiment, folders.cache_dir, train, _lists(experiment, folders))
+    history, lists = read_history(folders.run_dir(experiment.name)), read_lists(experiment, folders)
+    left_out, unknown = _held_out_and_unknown(packings, evaluation, lists)
+    return Prepared(known, path, train, evaluation, packings, lists, history, left_out, unknown)
+
+
+def _held_out_and_unknown(
+    packings: Packings, evaluation: tuple[tuple[Source, Store], ...], lists: Ids
+) -> tuple[dict[str, frozenset[int]], dict[str, list[str]]]:
+    """The withdrawn documents of held-out shares, and the ids that no document of the source has."""
+    unknown = {
+        name: packing.manifest["unknown"]
+        for (name, how), packing in packings.items()
+        if how.withdrawn == lists.get(name)
+    }
+    left_out = {}
+    for source, store in evaluation:
+        if source.holdout_fraction and lists.get(source.name):
+            numbers, unknown[source.name] = store.find(unknown[source.name])
+            left_out[source.name] = frozenset(numbers.tolist())
+    return left_out, unknown | {name: [] for name, ids in lists.items() if not ids}
+
+
+def _open_stores(
+    experiment: Experiment, folders: Folders, known: Tokenizer, digests: dict[str, list]
+) -> tuple[tuple[tuple[Source, Store], ...], tuple[tuple[Source, Store], ...]]:
+    """The stores to train and to evaluate on."""
     train, evaluation = [], []
     for part in _parts(experiment, known, digests):
         store = _find(folders, part)
@@ -114,7 +159,7 @@ def open_prepared(experiment: Experiment, folders: Folders) -> Prepared:
             raise NotPrepared(f"source {part.source.name}")
         _check_bad_lines(experiment, folders, part, store.manifest["bad_lines"], store.manifest["lines"])
         (train if part.split == TRAIN else evaluation).append((part.source, store))
-    return Prepared(known, path, tuple(train), tuple(evaluation))
+    return tuple(train), tuple(evaluation)
 
 
 def _parts(experiment: Experiment, known: Tokenizer, digests: dict[str, list]) -> Iterator[_Part]:
@@ -127,7 +172,9 @@ def _parts(experiment: Experiment, known: Tokenizer, digests: dict[str, list]) -
             files = digests[source.path]
             fields = (source.text_field, source.id_field, source.provider_field, source.licence_field)
             share = source.holdout_fraction if split != ALL else 0.0
-            key = fingerprint([known.fingerprint, known.vocab_size, split, share, fields, [d for _, d in files]])
+            key = fingerprint(
+                [FORMAT, known.fingerprint, known.vocab_size, split, share, fields, [d for _, d in files]]
+            )
             yield _Part(source, split, [pathlib.Path(name) for name, _ in files], key)
 
 
@@ -276,7 +323,7 @@ def _make_store(
 ) -> None:
     final = _store_path(folders, part)
     final.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(final.with_suffix(".lock")):
+    with locked(final.with_suffix(".lock")):
         if open_store(final) is not None:
             return
         shutil.rmtree(final, ignore_errors=True)
@@ -292,14 +339,6 @@ def _make_store(
             partial.replace(final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds a lock that the kernel lets go when the process ends, however it ends."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _quarantine_path(folders: Folders, part: _Part) -> pathlib.Path:

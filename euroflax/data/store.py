@@ -1,9 +1,12 @@
 """The token store: one source's documents as tokens on disk, readable at any position without reading the rest.
 
-A store is a folder of few files. `tokens/` is a zarr3 array in large checksummed shards, `ends.i64` the end of each
-document in it (little-endian int64), `documents.parquet` a row a document (id, bytes, provider, licence), and
-`manifest.json`, written last, says what it is. Each document stands as beginning-of-document token, text tokens,
-end-of-document token.
+A store is a folder of few files, arrays with checksums (`arrays.py`). `tokens` holds all tokens (uint16 or uint32),
+`ends` the end of each document in it and `bytes` the text bytes up to there, `windows` the documents before each window,
+`providers` the number of each document's provider where it varies, `documents.parquet` a row a document (id, bytes,
+provider, licence), and `manifest.json`, written last, says what it is. Each document stands as beginning-of-document
+token, text tokens, end-of-document token.
+
+Windows are runs of whole documents, the unit of packing and of shuffling: a sixty-fourth of the store, within bounds.
 """
 
 import dataclasses
@@ -11,19 +14,22 @@ import functools
 import json
 import pathlib
 import shutil
+from collections.abc import Collection
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import tensorstore as ts
 
+from euroflax.data.arrays import ArrayWriter, FileArray
 from euroflax.experiment import ExperimentError
 from euroflax.folders import replace_json
 
-FORMAT = 1
-_CHUNK_TOKENS = 8192
-_SHARD_TOKENS = 512 * _CHUNK_TOKENS
+FORMAT = 2
 _DOCUMENTS_PER_GROUP = 8192
+_DOCUMENTS_AT_ONCE = 2**20
+_WINDOWS = 64
+_WINDOW_TOKENS = (2**18, 2**22)
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -34,18 +40,16 @@ _SCHEMA = pa.schema(
 )
 
 
-def _spec(path: pathlib.Path) -> dict:
-    return {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": str(path.resolve() / "tokens")},
-        "recheck_cached_metadata": False,
-        "recheck_cached_data": False,
-        "fill_missing_data_reads": False,
-    }
+class NotPrepared(ExperimentError):
+    """A store, the rows of one, or the tokenizer is not in the cache."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__(f"{part} is not prepared; run the verb prepare first")
+        self.part = part
 
 
 def _token_type(vocab_size: int) -> str:
-    return "uint16" if vocab_size <= 2**16 else "uint32"
+    return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +58,36 @@ class Store:
 
     path: pathlib.Path
     manifest: dict
-    ends: np.ndarray
-    """Position after the last token of each document, int64 `[documents]`, mapped from disk."""
 
     @functools.cached_property
-    def _tokens(self) -> ts.TensorStore:
-        return ts.open(_spec(self.path), open=True, read=True).result()
+    def tokens(self) -> FileArray:
+        """All tokens, uint16 or uint32."""
+        return FileArray(self.path / "tokens", self.manifest["dtype"], self.num_tokens)
+
+    @functools.cached_property
+    def ends(self) -> FileArray:
+        """Position after the last token of each document, int64 `[documents]`."""
+        return FileArray(self.path / "ends", "<i8", self.num_documents)
+
+    @functools.cached_property
+    def text_bytes(self) -> FileArray:
+        """UTF-8 bytes of the text up to the end of each document, int64 `[documents]`."""
+        return FileArray(self.path / "bytes", "<i8", self.num_documents)
+
+    @functools.cached_property
+    def windows(self) -> FileArray:
+        """Documents before each window, and before the end, int64 `[windows + 1]`."""
+        return FileArray(self.path / "windows", "<i8", self.manifest["windows"] + 1)
+
+    @functools.cached_property
+    def provider_numbers(self) -> FileArray:
+        """The place in `providers` of the provider of each document, -1 for none, int32 `[documents]`."""
+        return FileArray(self.path / "providers", "<i4", self.num_documents if self.providers else 0)
+
+    @property
+    def providers(self) -> list[str] | None:
+        """The names of the providers where they vary by document; those with none are of the source's own."""
+        return self.manifest["providers"]
 
     @property
     def num_tokens(self) -> int:
@@ -77,21 +105,30 @@ class Store:
         return self.manifest["bytes"]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens at positions `start` to `stop`, int32 `[stop - start]`.
+        """Tokens at positions `start` to `stop`, `[stop - start]`, uint16 or uint32.
 
         Raises:
             ExperimentError: the store's files have vanished, were cut short or do not fit their checksums.
         """
-        try:
-            return self._tokens[start:stop].read().result().astype(np.int32)
-        except ValueError as error:
-            raise ExperimentError(
-                f"token store {self.path} cannot be read ({str(error)[:200]}); delete the folder and prepare again"
-            ) from error
+        return self.tokens.read(start, stop)
 
     def document(self, index: int) -> tuple[int, int]:
         """First and last-plus-one position of document `index`."""
-        return (int(self.ends[index - 1]) if index else 0), int(self.ends[index])
+        first, last = self.ends.read(index - 1, index + 1) if index else (0, self.ends.read(0, 1)[0])
+        return int(first), int(last)
+
+    def find(self, ids: Collection[str]) -> tuple[np.ndarray, list[str]]:
+        """The numbers of the documents with one of these ids, in order, int64; and the ids that no document has."""
+        found, seen, start = [np.zeros(0, np.int64)], set(), 0
+        if ids:
+            wanted = pa.array(ids, pa.string())
+            with pq.ParquetFile(self.path / "documents.parquet") as table:
+                for batch in table.iter_batches(columns=["id"]):
+                    among = pc.is_in(batch["id"], wanted)  # pyright: ignore[reportAttributeAccessIssue]
+                    found.append(start + np.flatnonzero(among.to_numpy(zero_copy_only=False)))
+                    seen.update(batch["id"].filter(among).to_pylist())
+                    start += len(batch)
+        return np.concatenate(found), [name for name in ids if name not in seen]
 
     def counts(self, column: str) -> dict[str, int]:
         """Documents by what a column says of them (`provider`, `licence`), most first; empty where it says nothing."""
@@ -127,57 +164,39 @@ def open_store(path: pathlib.Path) -> Store | None:
         raise ExperimentError(f"token store {path} is not whole: its manifest is harmed; {fix}")
     if manifest["format"] != FORMAT:
         raise ExperimentError(f"token store {path} has format {manifest['format']}, not {FORMAT}; {fix}")
-    ends = path / "ends.i64"
-    if not ends.is_file() or ends.stat().st_size != 8 * manifest["documents"]:
-        raise ExperimentError(f"token store {path} is not whole: ends.i64 does not have its size; {fix}")
-    if manifest["documents"] == 0:
-        return Store(path, manifest, np.zeros(0, "<i8"))
-    return Store(path, manifest, np.memmap(ends, dtype="<i8", mode="r"))
+    store = Store(path, manifest)
+    for array in (store.tokens, store.ends, store.text_bytes, store.windows, store.provider_numbers):
+        array.check_size()
+    return store
 
 
 class StoreWriter:
-    """Writes a store in order, holding one shard of tokens in memory; `finish` makes it a whole one."""
+    """Writes a store in order, holding few tokens in memory; `finish` makes it a whole one."""
 
     def __init__(self, path: pathlib.Path, vocab_size: int) -> None:
         self._path, self._dtype = path, _token_type(vocab_size)
         self.documents = self.tokens = self.bytes = 0
-        self._written = 0
-        self._pending: list[np.ndarray] = []
         self._rows: list[dict] = []
+        self._providers: dict[str, int] = {}
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
-        self._array = self._create()
-        self._ends = open(path / "ends.i64", "wb")
+        types = {"tokens": self._dtype, "ends": "<i8", "bytes": "<i8", "providers": "<i4", "windows": "<i8"}
+        self._arrays = {name: ArrayWriter(path / name, dtype) for name, dtype in types.items()}
         self._table = pq.ParquetWriter(path / "documents.parquet", _SCHEMA, compression="zstd")
-
-    def _create(self) -> ts.TensorStore:
-        inner = {"name": "bytes", "configuration": {"endian": "little"}}
-        sharding = {
-            "chunk_shape": [_CHUNK_TOKENS],
-            "codecs": [inner, {"name": "crc32c"}],
-            "index_codecs": [inner, {"name": "crc32c"}],
-            "index_location": "end",
-        }
-        grid = {"name": "regular", "configuration": {"chunk_shape": [_SHARD_TOKENS]}}
-        metadata = {
-            "shape": [_SHARD_TOKENS],
-            "data_type": self._dtype,
-            "chunk_grid": grid,
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        }
-        return ts.open({**_spec(self._path), "metadata": metadata}, create=True).result()
 
     def append(self, tokens: np.ndarray, rows: list[dict], lengths: np.ndarray) -> None:
         """Adds documents: their tokens back to back, a row of facts and a number of tokens for each."""
-        ends = self.tokens + np.cumsum(lengths, dtype="<i8")
-        self._ends.write(ends.tobytes())
-        self._pending.append(tokens.astype(self._dtype))
+        sizes = np.array([row["bytes"] for row in rows], np.int64)
+        names = [row["provider"] for row in rows]
+        codes = [-1 if name is None else self._providers.setdefault(name, len(self._providers)) for name in names]
+        self._arrays["tokens"].append(tokens)
+        self._arrays["ends"].append(self.tokens + np.cumsum(lengths))
+        self._arrays["bytes"].append(self.bytes + np.cumsum(sizes))
+        self._arrays["providers"].append(np.array(codes))
         self._rows.extend(rows)
         self.documents += len(rows)
         self.tokens += len(tokens)
-        self.bytes += sum(row["bytes"] for row in rows)
-        if self.tokens - self._written >= _SHARD_TOKENS:
-            self._flush(whole_shards=True)
+        self.bytes += int(sizes.sum())
         while len(self._rows) >= _DOCUMENTS_PER_GROUP:
             self._write_rows(_DOCUMENTS_PER_GROUP)
 
@@ -185,25 +204,35 @@ class StoreWriter:
         self._table.write_table(pa.Table.from_pylist(self._rows[:count], schema=_SCHEMA), row_group_size=count)
         del self._rows[:count]
 
-    def _flush(self, *, whole_shards: bool) -> None:
-        tokens = np.concatenate(self._pending) if self._pending else np.zeros(0, self._dtype)
-        count = len(tokens) // _SHARD_TOKENS * _SHARD_TOKENS if whole_shards else len(tokens)
-        self._array = self._array.resize(exclusive_max=[self._written + count], expand_only=False).result()
-        if count:
-            self._array[self._written : self._written + count] = tokens[:count]
-        self._written += count
-        self._pending = [tokens[count:]]
-
     def finish(self, manifest: dict) -> None:
         """Closes the files and writes the manifest, which makes the store a whole one."""
-        self._flush(whole_shards=False)
         if self._rows:
             self._write_rows(len(self._rows))
+        self._arrays["ends"].close()
+        windows = _windows(FileArray(self._path / "ends", "<i8", self.documents), self.tokens)
+        self._arrays["windows"].append(windows)
         self.close()
-        sizes = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
-        replace_json(self._path / "manifest.json", {"format": FORMAT, **sizes, **manifest})
+        if not self._providers:
+            (self._path / "providers").write_bytes(b"")
+        sizes = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "windows": len(windows) - 1}
+        facts = {"format": FORMAT, "dtype": self._dtype, "providers": list(self._providers) or None}
+        replace_json(self._path / "manifest.json", {**facts, **sizes, **manifest})
 
     def close(self) -> None:
         """Closes the files; a store that is not finished stays without a manifest."""
         self._table.close()
-        self._ends.close()
+        for array in self._arrays.values():
+            array.close()
+
+
+def _windows(ends: FileArray, num_tokens: int) -> np.ndarray:
+    """Documents before each window, and before the end."""
+    size = min(max(num_tokens // _WINDOWS, _WINDOW_TOKENS[0]), _WINDOW_TOKENS[1])
+    cuts = np.arange(1, max(num_tokens // size, 1)) * size
+    found, done = [np.zeros(1, np.int64)], 0
+    for start in range(0, len(ends), _DOCUMENTS_AT_ONCE):
+        part = ends.read(start, min(start + _DOCUMENTS_AT_ONCE, len(ends)))
+        reached = int(np.searchsorted(cuts, part[-1], "right"))
+        found.append(start + np.searchsorted(part, cuts[done:reached], "left") + 1)
+        done = reached
+    return np.unique(np.concatenate([*found, [len(ends)]]))

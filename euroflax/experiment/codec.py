@@ -27,8 +27,12 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _is_union(kind: object) -> bool:
+    return typing.get_origin(kind) in (types.UnionType, typing.Union)
+
+
 def _type_name(kind: object) -> str:
-    if isinstance(kind, types.UnionType):
+    if _is_union(kind):
         return " or ".join(map(_type_name, typing.get_args(kind)))
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
@@ -51,7 +55,7 @@ def decode(kind: object, value: object, path: str, faults: list[str]) -> object:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, value, path, faults)
-    if isinstance(kind, types.UnionType):
+    if _is_union(kind):
         fits = next((k for k in arguments if _fits(k, value)), None)
         return _fault(kind, value, path, faults) if fits is None else decode(fits, value, path, faults)
     if not _fits(kind, value):
@@ -69,7 +73,7 @@ def decode(kind: object, value: object, path: str, faults: list[str]) -> object:
 
 def _fits(kind: object, value: object) -> bool:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
+    if _is_union(kind):
         return any(_fits(k, value) for k in arguments)
     if origin is Literal:
         return isinstance(value, str) and value in arguments
@@ -133,7 +137,7 @@ def _parse_text(kind: object, text: str) -> object:
     """A command-line text as what `kind` wants: a plain text where it fits, JSON otherwise."""
     if _fits(kind, text):
         return text
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    options = typing.get_args(kind) if _is_union(kind) else (kind,)
     lowered = text.strip().lower()
     if types.NoneType in options and lowered in ("none", "null"):
         return None

@@ -1,6 +1,7 @@
 """The dataclasses that make up an experiment: frozen, keyword-only, complete before anything starts."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from typing import Literal
@@ -9,6 +10,7 @@ from euroflax import languages
 
 Origin = Literal["public", "licensed", "crawled", "user", "synthetic", "unknown"]
 OptOut = Literal["honoured", "not applicable", "not honoured", "unknown"]
+Strategy = Literal["natural", "uniform", "temperature"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,8 @@ class Source:
     """The field that holds the licence, where it varies by document."""
     holdout_fraction: float = 0.0
     """The share of documents, chosen by a hash of their id, that is evaluated on and never trained on."""
+    block_list: str | None = None
+    """A file below the data root with ids of withdrawn documents, one a line; they are left out from now on."""
     expected_bytes: int | None = None
     """Declared size of the text in UTF-8 bytes, for a plan before the data is there."""
     expected_tokens: int | None = None
@@ -49,10 +53,22 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """How much of each source a run reads."""
+    """How much of each source a run reads: by `weights`, or by `languages` and in each language by `sources`."""
 
     weights: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Share of each source by its name, summing to 1; empty means in proportion to their sizes."""
+    """Fixed share of each source by its name, summing to 1; empty leaves it to `languages` and `sources`."""
+    languages: dict[str, float] | Strategy | Literal["unimax"] = "natural"
+    """Fixed share of each language, summing to 1, or how they are found: in proportion to size (`natural`), all the
+    same (`uniform`), to size to the power of `alpha` (`temperature`), or as near to the same as `max_epochs` lets
+    them be (`unimax`)."""
+    sources: dict[str, float] | Strategy = "natural"
+    """Fixed share of each source within its language, summing to 1 in each, or how they are found."""
+    alpha: float | None = None
+    """The exponent of `temperature`: 1 is natural, 0 is uniform."""
+    language_floor: float = 0.0
+    """The least share of a language; the others give in proportion. Not for fixed shares."""
+    max_epochs: float | None = None
+    """The most often that a source may be read by the end of the stage; more is refused, or avoided by `unimax`."""
     unit: Literal["bytes", "tokens"] = "bytes"
     """What the shares are shares of. In bytes, a poor tokenizer does not buy a language more text."""
 
@@ -78,7 +94,13 @@ class Data:
     tokenizer: Tokenizer = Tokenizer()
     """How text becomes tokens."""
     sequence_length: int
-    """Tokens in a row, that is, in one training sequence."""
+    """Tokens in a row, that is, in one training sequence; also of the windows of an evaluation."""
+    packing: Literal["concat", "best-fit"] = "concat"
+    """Rows are cut out of the documents laid end to end, or filled with whole documents where they fit."""
+    long_documents: Literal["continue", "cut"] = "continue"
+    """A document longer than a row goes on in further rows of its source, or ends where the row does."""
+    loss_at_document_end: bool = True
+    """Whether the end-of-document token is learnt as a target."""
     bad_line_fraction: float = 0.001
     """Unreadable lines are set aside in a file; a source with a larger share of them stops the run."""
 
@@ -170,6 +192,49 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A change of the mixture, the rows or the batch at some point of the run; what is None stays as it was."""
+
+    from_tokens: int
+    """Tokens read before the stage begins, rounded up to whole rows."""
+    mixture: Mixture | None = None
+    """How much of each source is read from here on."""
+    sequence_length: int | None = None
+    """Tokens in a row from here on."""
+    batch_tokens: int | None = None
+    """Tokens in one step from here on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Span:
+    """A stage as it is carried out: everything filled in, and the rows that it covers."""
+
+    number: int
+    """0 for what the experiment begins with, then one for each of `stages`."""
+    mixture: Mixture
+    """How much of each source it reads."""
+    sequence_length: int
+    """Tokens in a row."""
+    batch_rows: int
+    """Rows in one step over all devices."""
+    first_row: int
+    """Rows of the run before it."""
+    stop_row: int
+    """Rows of the run until its end."""
+    first_token: int
+    """Tokens of the run before it."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the stage when nothing interrupts it; its last batch may be cut short and masked."""
+        return -(-(self.stop_row - self.first_row) // self.batch_rows)
+
+    def tokens_at(self, row: int) -> int:
+        """Tokens of the run before a row of the stage."""
+        return self.first_token + (row - self.first_row) * self.sequence_length
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
     """How devices are arranged; -1, at most once, stands for what is left."""
 
@@ -221,6 +286,8 @@ class Experiment:
     """What it reads."""
     training: Training
     """How it is trained."""
+    stages: tuple[Stage, ...] = ()
+    """Changes of mixture, row length or batch in the course of it, in order."""
     mesh: Mesh = Mesh()
     """How devices are arranged."""
     checkpoint: Checkpoint = Checkpoint()
@@ -235,20 +302,71 @@ class Experiment:
             return f"{self.continue_from}/tokenizer.json"
         return self.data.tokenizer.path
 
+    @functools.cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """The stages as they are carried out, the beginning of the run the first of them; they follow one another."""
+        now = Stage(
+            from_tokens=0,
+            mixture=self.data.mixture,
+            sequence_length=self.data.sequence_length,
+            batch_tokens=self.training.batch_tokens,
+        )
+        ends = [*(stage.from_tokens for stage in self.stages), self.training.tokens]
+        spans: list[Span] = []
+        row = token = 0
+        for number, end in enumerate(ends):
+            if number:
+                later = self.stages[number - 1]
+                changes = {name: value for name, value in vars(later).items() if value is not None}
+                now = dataclasses.replace(now, **changes)
+            length = now.sequence_length or 1
+            stop = row + max(0, -(-(end - token) // length))
+            spans.append(
+                Span(
+                    number=number,
+                    mixture=now.mixture or self.data.mixture,
+                    sequence_length=length,
+                    batch_rows=(now.batch_tokens or 0) // length,
+                    first_row=row,
+                    stop_row=stop,
+                    first_token=token,
+                )
+            )
+            row, token = stop, spans[-1].tokens_at(stop)
+        return tuple(spans)
+
+    def span_at(self, position: int) -> Span:
+        """The stage in which row `position` of the run lies; the last one for the end of the run."""
+        return next((span for span in self.spans if position < span.stop_row), self.spans[-1])
+
+    def tokens_at(self, position: int) -> int:
+        """Tokens of the run before row `position`, padding counted: the clock of schedules."""
+        return self.span_at(position).tokens_at(position)
+
     @property
     def batch_rows(self) -> int:
-        """Rows in one step over all devices."""
-        return self.training.batch_tokens // self.data.sequence_length
+        """Rows in one step over all devices at the beginning of the run."""
+        return self.spans[0].batch_rows
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens that the model sees at once: those of the longest row."""
+        return max(span.sequence_length for span in self.spans)
 
     @property
     def total_rows(self) -> int:
-        """Rows of the whole run: `training.tokens` rounded up to whole rows."""
-        return -(-self.training.tokens // self.data.sequence_length)
+        """Rows of the whole run: its tokens rounded up to whole rows in each stage."""
+        return self.spans[-1].stop_row
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all rows of the run."""
+        return self.tokens_at(self.total_rows)
 
     @property
     def total_steps(self) -> int:
-        """Steps of an uninterrupted run; the last batch may be cut short and masked."""
-        return -(-self.total_rows // self.batch_rows)
+        """Steps of an uninterrupted run; the last batch of a stage may be cut short and masked."""
+        return sum(span.num_steps for span in self.spans)
 
     @property
     def language_codes(self) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from euroflax import languages
 from euroflax.experiment.codec import decode, shown
-from euroflax.experiment.schema import Experiment, Source
+from euroflax.experiment.mixtures import mixtures
+from euroflax.experiment.schema import Experiment, Source, Span
 
 NUM_SPECIAL_TOKENS = 3
 _BYTE_VOCABULARY = 256 + NUM_SPECIAL_TOKENS
@@ -27,7 +28,7 @@ def validate(experiment: Experiment) -> list[str]:
     faults = check_types(experiment)
     if faults:
         return faults
-    for rules in (_sizes, _sources, _mixture, _training, _schedule, _mesh):
+    for rules in (_sizes, _sources, mixtures, _stages, _training, _schedule, _mesh):
         faults.extend(rules(experiment))
     return faults
 
@@ -106,29 +107,11 @@ def _source(path: str, source: Source) -> Iterator[str]:
         yield f"{path}.holdout_fraction={source.holdout_fraction} is not in [0, 1); use for example 0.01"
     if source.holdout_fraction and source.id_field is None:
         yield f"{path}.id_field=None leaves nothing to hold documents out by; name the field of the document id"
+    if source.block_list is not None and not source.block_list.strip():
+        yield f"{path}.block_list= is empty; name a file of document ids below the data root, or leave it out"
     for field in ("expected_bytes", "expected_tokens"):
         if getattr(source, field) is not None:
             yield from _at_least(f"{path}.{field}", getattr(source, field), 1)
-
-
-def _mixture(experiment: Experiment) -> Iterator[str]:
-    weights = experiment.data.mixture.weights
-    if not weights:
-        return
-    names = [source.name for source in experiment.data.sources]
-    for name in weights.keys() - set(names):
-        yield f"data.mixture.weights[{name}]={weights[name]} names no source; name one of data.sources"
-    if without := [name for name in names if name not in weights]:
-        listed = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
-        yield f"data.mixture.weights has no share for {listed}; give each a share, or take the source out"
-    for name, weight in weights.items():
-        if not 0 < weight < math.inf:
-            yield f"data.mixture.weights[{name}]={weight} is not positive; give a share, or take the source out"
-    total = math.fsum(weights.values())
-    if not abs(total - 1) <= 1e-6:
-        offer = ", ".join(f"{name}: {weight / total:.6g}" for name, weight in list(weights.items())[:4] if total > 0)
-        dots = ", ..." if len(weights) > 4 else ""
-        yield f"data.mixture.weights sum to {total:.9g}, not 1; rescaled they are {{{offer}{dots}}}"
 
 
 def _training(experiment: Experiment) -> Iterator[str]:
@@ -144,22 +127,8 @@ def _training(experiment: Experiment) -> Iterator[str]:
     for field in ("clip_norm", "adam_epsilon"):
         if not 0 < getattr(training, field) < math.inf:
             yield f"training.{field}={getattr(training, field)} is not a positive number; use its default"
-    if min(length, *(getattr(training, field) for field in positive)) < 1:
-        return
-    if training.batch_tokens % length:
-        lower = training.batch_tokens // length * length
-        fits = " or ".join(str(size) for size in (lower, lower + length) if size)
-        yield (
-            f"training.batch_tokens={training.batch_tokens} is not a multiple of "
-            f"data.sequence_length={length}; use {fits}"
-        )
-    elif experiment.batch_rows % training.accumulation_steps:
-        yield (
-            f"training.accumulation_steps={training.accumulation_steps} does not divide the "
-            f"{experiment.batch_rows} rows of a batch; use one of {_divisors(experiment.batch_rows)}"
-        )
-    if experiment.total_rows > _MAX_ROWS:
-        yield f"training.tokens={training.tokens} is more than {_MAX_ROWS} rows; use {_MAX_ROWS * length} or less"
+    if min(length, *(getattr(training, field) for field in positive)) >= 1:
+        yield from _batches(experiment)
     checkpoint, evaluation = experiment.checkpoint, experiment.evaluation
     yield from _at_least("checkpoint.every_steps", checkpoint.every_steps, 1)
     yield from _at_least("checkpoint.keep_last", checkpoint.keep_last, 1)
@@ -169,6 +138,53 @@ def _training(experiment: Experiment) -> Iterator[str]:
         yield from _at_least("checkpoint.keep_every_steps", checkpoint.keep_every_steps, 1)
     if evaluation.max_documents is not None:
         yield from _at_least("evaluation.max_documents", evaluation.max_documents, 1)
+
+
+def _batches(experiment: Experiment) -> Iterator[str]:
+    training = experiment.training
+    batch_tokens, batch_field, length_field = training.batch_tokens, "training.batch_tokens", "data.sequence_length"
+    for span in _valid_spans(experiment):
+        stage = experiment.stages[span.number - 1] if span.number else None
+        if stage and stage.batch_tokens is not None:
+            batch_tokens, batch_field = stage.batch_tokens, f"stages[{span.number - 1}].batch_tokens"
+        if stage and stage.sequence_length is not None:
+            length_field = f"stages[{span.number - 1}].sequence_length"
+        length = span.sequence_length
+        if batch_tokens % length:
+            lower = batch_tokens // length * length
+            fits = " or ".join(str(size) for size in (lower, lower + length) if size)
+            yield f"{batch_field}={batch_tokens} is not a multiple of {length_field}={length}; use {fits}"
+        elif span.batch_rows % training.accumulation_steps:
+            yield (
+                f"training.accumulation_steps={training.accumulation_steps} does not divide the "
+                f"{span.batch_rows} rows of a batch; use one of {_divisors(span.batch_rows)}"
+            )
+    if experiment.total_rows > _MAX_ROWS:
+        yield f"training.tokens={training.tokens} is more than {_MAX_ROWS} rows; use fewer tokens or longer rows"
+
+
+def _valid_spans(experiment: Experiment) -> tuple[Span, ...]:
+    """The stages, where their numbers are such that rows and batches can be computed."""
+    return () if list(_stages(experiment)) else experiment.spans
+
+
+def _stages(experiment: Experiment) -> Iterator[str]:
+    before, field = 0, "the beginning of the run"
+    for i, stage in enumerate(experiment.stages):
+        path = f"stages[{i}]"
+        if not before < stage.from_tokens < experiment.training.tokens:
+            rule = (
+                f"is not after {field} at {before} tokens"
+                if stage.from_tokens <= before
+                else f"is not before the end of the run, training.tokens={experiment.training.tokens}"
+            )
+            yield f"{path}.from_tokens={stage.from_tokens} {rule}; stages begin one after the other within the run"
+        before, field = stage.from_tokens, f"{path}, which begins"
+        for name, least in (("sequence_length", 2), ("batch_tokens", 1)):
+            if (value := getattr(stage, name)) is not None:
+                yield from _at_least(f"{path}.{name}", value, least)
+        if stage.mixture is stage.sequence_length is stage.batch_tokens is None:
+            yield f"{path} changes nothing; give it a mixture, a sequence_length or batch_tokens, or leave it out"
 
 
 def _schedule(experiment: Experiment) -> Iterator[str]:
@@ -214,10 +230,14 @@ def _mesh(experiment: Experiment) -> Iterator[str]:
                     f"use a mesh.{axis} that divides {value}"
                 )
     ways = mesh.data * mesh.fsdp * experiment.training.accumulation_steps
-    length = experiment.data.sequence_length
-    if min(mesh.data, mesh.fsdp, length, ways) > 0 and experiment.batch_rows % ways:
-        nearest = -(-experiment.batch_rows // ways) * ways * length
-        yield (
-            f"training.batch_tokens={experiment.training.batch_tokens} is {experiment.batch_rows} rows and does not "
-            f"divide over mesh.data x mesh.fsdp x accumulation_steps = {ways}; use {nearest}"
-        )
+    if min(mesh.data, mesh.fsdp, experiment.data.sequence_length, ways) <= 0:
+        return
+    for span in _valid_spans(experiment):
+        if span.batch_rows % ways:
+            nearest = -(-span.batch_rows // ways) * ways * span.sequence_length
+            stage = experiment.stages[span.number - 1] if span.number else None
+            field = f"stages[{span.number - 1}]" if stage and stage.batch_tokens is not None else "training"
+            yield (
+                f"{field}.batch_tokens={span.batch_rows * span.sequence_length} is {span.batch_rows} rows and does not "
+                f"divide over mesh.data x mesh.fsdp x accumulation_steps = {ways}; use {nearest}"
+            )

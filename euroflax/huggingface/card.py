@@ -20,7 +20,7 @@ def model_card(declared: Experiment, manifest: dict, metrics: list[dict], facts:
         facts: the `step` and `position` of the checkpoint.
     """
     model, step = declared.model, facts["step"]
-    tokens = facts["position"] * declared.data.sequence_length
+    tokens = declared.tokens_at(facts["position"])
     heads = f"{model.num_heads} heads over {model.num_kv_heads} key heads of width {model.head_dim}"
     sections = [
         _front_matter(declared),
@@ -32,11 +32,11 @@ def model_card(declared: Experiment, manifest: dict, metrics: list[dict], facts:
         ", ".join(f"{_name(code)} ({code})" for code in declared.language_codes),
         "## Model",
         f"{model.num_layers} layers of width {model.embed_dim}, {heads}, feed-forward width {model.mlp_dim}, "
-        f"{model.vocab_size:,} tokens in the vocabulary, a context of {declared.data.sequence_length:,} tokens; "
+        f"{model.vocab_size:,} tokens in the vocabulary, a context of {declared.context_length:,} tokens; "
         f"RMSNorm, rotary positions (base {model.rope_theta:g}), SwiGLU"
         f"{', QK-norm' if model.qk_norm else ''}{', tied embedding' if model.tied_output else ''}.",
         "## Data",
-        _sources(declared, manifest),
+        _sources(manifest, facts["ledger"]["entries"]),
         "## Evaluation",
         _evaluation(metrics, step),
         "## Training",
@@ -69,11 +69,10 @@ def _plain(text: str) -> str:
     return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
 
 
-def _sources(declared: Experiment, manifest: dict) -> str:
-    drawn, epochs = manifest["mixture"].get("rows", {}), manifest["mixture"]["resolved"]["rows_per_epoch"]
+def _sources(manifest: dict, ledger: list[dict]) -> str:
     rows = []
     for source in manifest["sources"]:
-        read = drawn.get(source["name"], 0) if source["split"] == "train" else None
+        mine = [entry for entry in ledger if entry["source"] == source["name"]] if source["split"] == "train" else []
         rows.append(
             [
                 source["name"],
@@ -84,8 +83,8 @@ def _sources(declared: Experiment, manifest: dict) -> str:
                 source["opt_out"],
                 f"{source['documents']:,}",
                 f"{source['bytes']:,}",
-                "held out" if read is None else f"{read * declared.data.sequence_length:,}",
-                "" if read is None else f"{read / epochs[source['name']]:.2f}",
+                f"{sum(entry['tokens'] for entry in mine):,}" if mine else "held out",
+                f"{mine[0]['epochs']:.2f}" if mine else "",
             ]
         )
     header = ["source", "language", "licence", "provider", "origin", "opt-outs"]

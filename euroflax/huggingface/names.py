@@ -113,7 +113,7 @@ def to_config(declared: Experiment, special_ids: dict[str, int], dtype: str) -> 
         "num_key_value_heads": model.num_kv_heads,
         "head_dim": model.head_dim,
         "vocab_size": model.vocab_size,
-        "max_position_embeddings": declared.data.sequence_length,
+        "max_position_embeddings": declared.context_length,
         "rms_norm_eps": model.norm_epsilon,
         "rope_theta": model.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},

@@ -134,7 +134,7 @@ def _write_rest(declared: Experiment, folder: pathlib.Path, tokenizer: pathlib.P
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": declared.data.sequence_length,
+        "model_max_length": declared.context_length,
         **roles,
     }
     replace_json(folder / "tokenizer_config.json", defaults | declared_config)

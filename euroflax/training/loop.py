@@ -3,61 +3,28 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import pathlib
-import time
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
-import numpy as np
 
-from euroflax import devices, evaluation, model, sharding
+from euroflax import evaluation, sharding
 from euroflax.checkpoint import Checkpoints
+from euroflax.data.ledger import ledger
 from euroflax.data.loader import Rows, batches
 from euroflax.data.prepare import Prepared
 from euroflax.data.tokenizer import Tokenizer
-from euroflax.experiment import Experiment, ExperimentError, Interrupted, RunFailed, to_json
+from euroflax.experiment import Experiment, ExperimentError, Interrupted, Span, to_json
 from euroflax.huggingface import Folder
 from euroflax.training.clock import Clock
+from euroflax.training.job import Display, Job, agree
+from euroflax.training.meter import Meter
 from euroflax.training.record import Record, differences, now
 from euroflax.training.samples import write_samples
 from euroflax.training.step import TrainState, abstract_state, init_state, train_step
 from euroflax.training.stop import Stop
 
 Step = Callable[[TrainState, dict], tuple[TrainState, dict]]
-
-
-class Display(Protocol):
-    """What the loop tells of itself; the command line draws it, a notebook may pass its own."""
-
-    def note(self, text: str) -> None:
-        """A sentence for the user."""
-
-    def progress(self, task: str, done: int, total: int) -> None:
-        """Some of a task is done."""
-
-    def step(self, metrics: dict, total_tokens: int) -> None:
-        """A step is complete."""
-
-    def evaluation(self, step: int, figures: dict[str, float]) -> None:
-        """An evaluation is complete."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What stays the same in one start of a run."""
-
-    declared: Experiment
-    prepared: Prepared
-    weights: Callable[[], Folder] | None
-    rows: Rows
-    mesh: jax.sharding.Mesh
-    record: Record
-    checkpoints: Checkpoints
-    display: Display
-    stop: Stop
-    clock: Clock
 
 
 def train(
@@ -83,8 +50,7 @@ def train(
     with contextlib.closing(record), jax.set_mesh(mesh):
         checkpoints = Checkpoints(run_dir / "checkpoints", declared.checkpoint, display.note)
         with contextlib.closing(checkpoints):
-            rows = Rows(declared, prepared)
-            return _run(_Job(declared, prepared, weights, rows, mesh, record, checkpoints, display, stop, clock)).params
+            return _run(Job(declared, prepared, weights, mesh, record, checkpoints, display, stop, clock)).params
 
 
 def check_facts(declared: Experiment, tokenizer: Tokenizer, path: pathlib.Path, facts: dict) -> None:
@@ -101,11 +67,14 @@ def check_facts(declared: Experiment, tokenizer: Tokenizer, path: pathlib.Path, 
         raise ExperimentError(*faults)
 
 
-def _run(job: _Job) -> TrainState:
+def _run(job: Job) -> TrainState:
     with job.clock.on("restore"):
         state, shardings = _first_state(job)
     step, position = int(state.step), int(state.position)
-    job.record.begin(_session(job), job.prepared, job.rows.mixture.to_json())
+    rows = Rows(job.declared, job.prepared, job.prepared.withdrawals(position))
+    job.record.begin(_session(job), job.prepared, rows.order, position)
+    _note_read(job, rows, position)
+    job.record.write_manifest()
     job.record.cut_back(step)
     session = job.record.manifest["sessions"][-1]
     if position >= job.declared.total_rows:
@@ -113,7 +82,7 @@ def _run(job: _Job) -> TrainState:
     elif step:
         job.display.note(f"goes on after step {step} of run {job.declared.name}")
     try:
-        state = _loop(job, state, shardings)
+        state = _loop(job, rows, state, shardings)
         if job.declared.evaluation.sample_tokens:
             with job.clock.on("sample"):
                 _sample(job, state)
@@ -122,16 +91,21 @@ def _run(job: _Job) -> TrainState:
         _note_session(job, session.get("position", position))
 
 
-def _note_session(job: _Job, position: int) -> None:
-    """Brings the manifest up to date: the session's end so far, and the mixture as read."""
+def _note_session(job: Job, position: int) -> None:
+    """Brings the manifest up to date: the session's end so far."""
     session = job.record.manifest["sessions"][-1]
     session |= {"to": now(), "position": position, "seconds": job.clock.read()}
-    drawn = job.rows.mixture.drawn(position)
-    job.record.manifest["mixture"]["rows"] = dict(zip(job.rows.mixture.names, drawn, strict=True))
     job.record.write_manifest()
 
 
-def _first_state(job: _Job) -> tuple[TrainState, TrainState]:
+def _note_read(job: Job, rows: Rows, position: int) -> None:
+    """Brings the ledger of the manifest up to date: what was read until a position."""
+    if jax.process_index() == 0:
+        entries = [dataclasses.asdict(entry) for entry in ledger(job.declared, rows.order, position)]
+        job.record.manifest["ledger"] = {"position": position, "entries": entries}
+
+
+def _first_state(job: Job) -> tuple[TrainState, TrainState]:
     """The state to begin with, placed on the mesh, and the shardings of its leaves."""
     abstract = abstract_state(job.declared, job.mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -149,24 +123,26 @@ def _first_state(job: _Job) -> tuple[TrainState, TrainState]:
     return state, shardings
 
 
-def _loop(job: _Job, state: TrainState, shardings: TrainState) -> TrainState:
+def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState) -> TrainState:
     declared = job.declared
-    step_function = _compile_step(declared, shardings)
     step, position = int(state.step), int(state.position)
     ended = position >= declared.total_rows
     if step == 0 or ended or _is_due(step, declared.evaluation.every_steps):
         _evaluate(job, state, step)
-    mine = sharding.local_rows(job.mesh, declared.batch_rows)
-    meter = _Meter(job, step, position)
-    loader = batches(declared, job.rows, position, mine)
-    compiled = False
+    mine = functools.partial(sharding.local_rows, job.mesh)
+    meter = Meter(job, step, position)
+    loader = batches(declared, rows, position, mine)
+    steps: dict[int, Step] = {}
     while position < declared.total_rows:
+        span = declared.span_at(position)
         with job.clock.on("data"):
-            batch = sharding.place_batch(next(loader), job.mesh, mine, declared.batch_rows)
-        with job.clock.on("step" if compiled else "compile"):
-            state, metrics = step_function(state, batch)
-        compiled = True
-        step, position = step + 1, min(position + declared.batch_rows, declared.total_rows)
+            batch = sharding.place_batch(next(loader), job.mesh, mine(span.batch_rows), span.batch_rows)
+        doing = "step" if span.number in steps else "compile"
+        if span.number not in steps:
+            steps = {span.number: _compile_step(declared, span, shardings)}
+        with job.clock.on(doing):
+            state, metrics = steps[span.number](state, batch)
+        step, position = step + 1, min(position + span.batch_rows, span.stop_row)
         with job.clock.on("step"):
             stopping = meter.dispatched(metrics)
         last = position >= declared.total_rows
@@ -182,7 +158,8 @@ def _loop(job: _Job, state: TrainState, shardings: TrainState) -> TrainState:
             stopping = saves = True
         if saves:
             with job.clock.on("save"):
-                job.checkpoints.save(step, state, _facts(job, step, position))
+                _note_read(job, rows, position)
+                job.checkpoints.save(step, state, _facts(job, rows, step, position))
             _note_session(job, position)
         if stopping:
             job.checkpoints.wait()
@@ -198,22 +175,22 @@ def _is_due(step: int, every: int) -> bool:
     return step > 0 and step % every == 0
 
 
-def _compile_step(declared: Experiment, shardings: TrainState) -> Step:
-    function = functools.partial(train_step, declared)
+def _compile_step(declared: Experiment, span: Span, shardings: TrainState) -> Step:
+    function = functools.partial(train_step, declared, span)
     return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _evaluate(job: _Job, state: TrainState, step: int) -> None:
+def _evaluate(job: Job, state: TrainState, step: int) -> None:
     """Evaluates unless the figures are there.
 
     Raises:
         Interrupted: a wish to stop cut it short; nothing of it is recorded.
     """
-    if _agree(jax.process_index() == 0 and job.record.evaluated(step)):
+    if agree(jax.process_index() == 0 and job.record.evaluated(step)):
         return
 
     def proceed(done: int, total: int) -> None:
-        if _agree(job.stop.reason is not None):
+        if agree(job.stop.reason is not None):
             raise Interrupted(f"stopped in the evaluation after step {step}; the same command goes on from there")
         job.display.progress("evaluate", done, total)
 
@@ -224,115 +201,19 @@ def _evaluate(job: _Job, state: TrainState, step: int) -> None:
         job.display.evaluation(step, figures)
 
 
-def _sample(job: _Job, state: TrainState) -> None:
+def _sample(job: Job, state: TrainState) -> None:
     """Keeps what the finished model writes, unless it is there."""
     step = int(state.step)
-    if not _agree(jax.process_index() == 0 and job.record.sampled(step)):
+    if not agree(jax.process_index() == 0 and job.record.sampled(step)):
         write_samples(job.declared, job.prepared, state.params, job.record, step)
 
 
-def _agree(wish: bool) -> bool:
-    """Whether any process of the job wishes it: the same answer in all of them."""
-    if jax.process_count() == 1:
-        return wish
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.array(wish))))
-
-
-class _Meter:
-    """Reads the metrics of step n - 1 once step n is dispatched, writes and shows them."""
-
-    def __init__(self, job: _Job, step: int, position: int) -> None:
-        self._job, self._step, self._position = job, step, position
-        self._session = job.record.manifest["sessions"][-1]
-        self._pending: list[tuple[dict, jax.Array | None]] = []
-        self._clock = time.perf_counter()
-        declared = job.declared
-        self._flops = model.flops_per_token(declared.model, declared.data.sequence_length)
-        peak = devices.peak_flops(jax.devices()[0].device_kind)
-        self._peak = None if peak is None else peak * jax.device_count()
-
-    def dispatched(self, metrics: dict) -> bool:
-        """Takes the metrics of a step that may still be running; returns whether any process wishes to stop."""
-        flags = _stop_flags(self._job.stop, self._job.mesh) if jax.process_count() > 1 else None
-        self._pending.append((metrics, flags))
-        if len(self._pending) > 1:
-            return self._write(self._pending.pop(0))
-        return jax.process_count() == 1 and self._job.stop.reason is not None
-
-    def flush(self) -> bool:
-        """Writes what was dispatched, waiting for it; returns whether any process wishes to stop."""
-        wishes = [self._write(entry) for entry in self._pending]
-        self._pending = []
-        return any(wishes)
-
-    def resume(self) -> None:
-        """The time since the last step was not a step's: the clock starts again."""
-        self._clock = time.perf_counter()
-
-    def _write(self, entry: tuple[dict, jax.Array | None]) -> bool:
-        metrics, flags = entry
-        read = jax.device_get(metrics)
-        stopping = self._job.stop.reason is not None if flags is None else bool(np.asarray(flags) > 0)
-        seconds = time.perf_counter() - self._clock
-        self._clock += seconds
-        self._step += 1
-        line = self._line(read, seconds)
-        self._session["steps"] += 1
-        self._session["flops"] += self._flops * line["batch_tokens"]
-        self._session["position"] = self._position
-        del line["batch_tokens"]
-        self._job.record.append([line])
-        if not math.isfinite(line["loss"]):
-            raise RunFailed(
-                f"the loss of step {self._step} is not finite; look at the data and the learning rate: "
-                "the last checkpoint is from before it"
-            )
-        self._job.display.step(line, self._job.declared.total_rows * self._job.declared.data.sequence_length)
-        return stopping
-
-    def _line(self, read: dict, seconds: float) -> dict:
-        declared = self._job.declared
-        before, length = self._position, declared.data.sequence_length
-        self._position = min(before + declared.batch_rows, declared.total_rows)
-        tokens = (self._position - before) * length
-        sums, weights = read["loss_sum_M"], read["weight_M"]
-        present = [(i, code) for i, code in enumerate(declared.language_codes) if weights[i] > 0]
-        mfu = None if self._peak is None else self._flops * tokens / seconds / self._peak
-        return {
-            "step": self._step,
-            "sequences": self._position,
-            "tokens": self._position * length,
-            "loss": float(read["loss"]),
-            "loss_by_language": {code: float(sums[i] / weights[i]) for i, code in present},
-            "grad_norm": float(read["grad_norm"]),
-            "learning_rate": float(read["learning_rate"]),
-            "padding_tokens": int(read["padding"]) - (declared.batch_rows * length - tokens),
-            "step_seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "mfu": mfu,
-            "batch_tokens": tokens,
-        }
-
-
-def _stop_flags(stop: Stop, mesh: jax.sharding.Mesh) -> jax.Array:
-    """The number of devices whose process wishes to stop, computed on the devices behind the step."""
-    flags = np.full(len(mesh.local_devices), stop.reason is not None, np.float32)
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
-    placed = jax.make_array_from_process_local_data(everywhere, flags, (mesh.size,))
-    return _sum(placed)
-
-
-@jax.jit
-def _sum(flags: jax.Array) -> jax.Array:
-    return jax.numpy.sum(flags)
-
-
-def _facts(job: _Job, step: int, position: int) -> dict:
+def _facts(job: Job, rows: Rows, step: int, position: int) -> dict:
     return {
         "experiment": to_json(job.declared),
-        "mixture": job.rows.mixture.to_json(),
+        "mixture": rows.order.to_json(),
+        "withdrawn": [withdrawal.summary() for withdrawal in rows.order.withdrawals],
+        "ledger": job.record.manifest.get("ledger"),
         "tokenizer": job.prepared.tokenizer.fingerprint,
         "step": step,
         "position": position,
@@ -340,7 +221,7 @@ def _facts(job: _Job, step: int, position: int) -> dict:
     }
 
 
-def _session(job: _Job) -> dict:
+def _session(job: Job) -> dict:
     return {
         "devices": jax.device_count(),
         "device_kind": jax.devices()[0].device_kind,

@@ -1,5 +1,6 @@
 """The record of a run on disk: `experiment.json`, `manifest.json` and `metrics.jsonl` of its folder. No jax here."""
 
+import dataclasses
 import datetime
 import fcntl
 import importlib.metadata
@@ -8,22 +9,28 @@ import math
 import os
 import pathlib
 import platform
+import re
 import shutil
 from collections.abc import Iterable
 from typing import IO
 
 from euroflax.data.fertility import tokenizer_figures
+from euroflax.data.order import Order
 from euroflax.data.prepare import Prepared
 from euroflax.data.store import Store
+from euroflax.data.withdrawals import write_history
 from euroflax.experiment import Experiment, ExperimentError, Source, to_json
 from euroflax.experiment.codec import shown
 from euroflax.folders import make_folder, replace_file, replace_json
 from euroflax.languages import fold
 
-_MAY_DIFFER = ("mesh.", "checkpoint.", "evaluation.", "training.batch_tokens", "training.accumulation_steps")
+_MAY_DIFFER = re.compile(
+    r"mesh\.|checkpoint\.|evaluation\.|training\.(batch_tokens|accumulation_steps)$|stages\[\d+\]\.batch_tokens$"
+    r"|data\.sources\[\d+\]\.block_list$"
+)
 _MAX_FAULTS = 8
 _MAX_COUNTS = 100
-_MANIFEST = ("versions", "data", "mixture", "sources", "tokenizer", "sessions")
+_MANIFEST = ("versions", "data", "mixture", "ledger", "sources", "tokenizer", "sessions")
 _PROVENANCE = ("name", "licence", "provider", "origin", "opt_out", "generator")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "tensorstore")
 
@@ -66,16 +73,17 @@ class Record:
         if self._writes:
             self._lock.close()
 
-    def begin(self, session: dict, prepared: Prepared, mixture: dict) -> None:
+    def begin(self, session: dict, prepared: Prepared, order: Order, position: int) -> None:
         """Writes the experiment, the tokenizer, and the manifest with a new session.
 
         Args:
             session: what this start runs on.
             prepared: what it reads.
-            mixture: the resolved one.
+            order: the order of its rows.
+            position: rows that it has consumed.
 
         Raises:
-            ExperimentError: the data is not what the run began with.
+            ExperimentError: the data or the mixture is not what the run began with.
         """
         stores = {source.name: store.path.name for source, store in prepared.train}
         data = {"tokenizer": prepared.tokenizer.fingerprint, "stores": stores}
@@ -89,8 +97,10 @@ class Record:
                 "put the data back or start a run of another name"
             )
         self.manifest |= {"versions": versions(), "data": data}
-        asked = self._declared.data.mixture
-        self.manifest["mixture"] = {"asked": dict(asked.weights), "unit": asked.unit, "resolved": mixture}
+        self._check_order(order, position)
+        asked = [dataclasses.asdict(span.mixture) for span in self._declared.spans]
+        self.manifest["mixture"] = {"asked": asked, "resolved": order.to_json()}
+        self.manifest["withdrawn"] = [withdrawal.summary() for withdrawal in order.withdrawals]
         self.manifest["sources"] = [_provenance(*part) for part in (*prepared.train, *prepared.evaluation)]
         if not self.manifest.get("tokenizer") and self._writes:
             self.manifest["tokenizer"] = tokenizer_figures(self._declared, prepared)
@@ -99,8 +109,20 @@ class Record:
         )
         if self._writes:
             replace_json(self.path / "experiment.json", to_json(self._declared))
+            write_history(self.path, order.withdrawals)
             self._keep_tokenizer(prepared.tokenizer_path)
             self.write_manifest()
+
+    def _check_order(self, order: Order, position: int) -> None:
+        """Refuses an order of rows that gives those before the position otherwise than the run has read them."""
+        before = self.manifest.get("mixture", {}).get("resolved", [])
+        for old, new in zip(before, order.to_json(), strict=False):
+            if old["first_row"] < position and old != new:
+                changed = [name for name in old if old[name] != new[name]]
+                raise ExperimentError(
+                    f"run folder={self.path}: the mixture of stage {old['stage']} has other {', '.join(changed)} than "
+                    "the run began with; put training.tokens and the data back, or start a run of another name"
+                )
 
     def _keep_tokenizer(self, path: pathlib.Path) -> None:
         """Copies the tokenizer into the run folder, with what says which tokens begin and end a text."""
@@ -186,7 +208,7 @@ def differences(earlier: dict, later: dict, path: pathlib.Path) -> list[str]:
     for field in sorted(before.keys() | after.keys()):
         old, new = before.get(field, "nothing"), after.get(field, "nothing")
         longer = field == "training.tokens" and isinstance(old, int) and isinstance(new, int) and new >= old
-        if old == new or longer or field.startswith(_MAY_DIFFER):
+        if old == new or longer or _MAY_DIFFER.match(field):
             continue
         faults.append(
             f"{field}={shown(new)} differs from {shown(old)}, with which run folder {path} began; "

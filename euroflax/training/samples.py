@@ -35,7 +35,7 @@ def write_samples(declared: Experiment, prepared: Prepared, params: dict, record
         seed=declared.training.seed,
     )
     texts = [text for _, text in prompts.values()]
-    length = declared.data.sequence_length
+    length = declared.context_length
     found = generation.generate(declared.model, params, prepared.tokenizer, length, texts, sampling)
     rows = [
         {"language": code, "document": document, "prompt": text, "text": written.text}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from euroflax import model
-from euroflax.experiment import Experiment
+from euroflax.experiment import Experiment, Span
 from euroflax.sharding import constrain, shardings
 from euroflax.training.objectives import next_token
 from euroflax.training.optimizer import learning_rate, make_optimizer
@@ -47,8 +47,8 @@ def abstract_state(declared: Experiment, mesh: jax.sharding.Mesh | jax.sharding.
     )
 
 
-def train_step(declared: Experiment, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-    """One step on a batch of the contract's arrays, `[B, L]` each.
+def train_step(declared: Experiment, span: Span, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+    """One step of a stage on a batch of the contract's arrays, `[B, L]` each.
 
     Returns:
         The new state, and `loss`, `loss_sum_M`, `weight_M`, `padding`, `grad_norm`, `learning_rate`.
@@ -56,11 +56,11 @@ def train_step(declared: Experiment, state: TrainState, batch: dict) -> tuple[Tr
     training = declared.training
     total_weight = jnp.maximum(jnp.sum(batch["loss_weights_BL"]), 1.0)
     gradients, metrics = _gradients(declared, state.params, batch, total_weight)
-    rows = min(declared.batch_rows, declared.total_rows)
-    left = jnp.uint32(declared.total_rows) - state.position
+    rows = min(span.batch_rows, span.stop_row - span.first_row)
+    left = jnp.uint32(span.stop_row) - state.position
     position = state.position + jnp.minimum(jnp.uint32(rows), left)
-    tokens = position.astype(jnp.float32) * declared.data.sequence_length
-    rate = learning_rate(training.schedule, declared.total_rows * declared.data.sequence_length, tokens)
+    tokens = span.first_token + (position - jnp.uint32(span.first_row)).astype(jnp.float32) * span.sequence_length
+    rate = learning_rate(training.schedule, declared.total_tokens, tokens)
     updates, optimizer = make_optimizer(training).update(gradients, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
     metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": rate}

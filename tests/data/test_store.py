@@ -36,13 +36,29 @@ def test_what_was_written_is_read(tmp_path, vocab_size):
     ]
 
 
-def test_a_store_larger_than_a_shard_and_a_group_is_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "_SHARD_TOKENS", 2 * stores._CHUNK_TOKENS)
+def test_a_store_larger_than_a_chunk_and_a_group_is_read_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(stores, "_DOCUMENTS_PER_GROUP", 3)
     tokens = write(tmp_path / "s", [10_000] * 7)
     store = open_store(tmp_path / "s")
     assert np.array_equal(store.read(0, 70_000), tokens)
+    for start, stop in ((0, 1), (4095, 4097), (4096, 8192), (69_999, 70_000), (5, 5)):
+        assert np.array_equal(store.read(start, stop), tokens[start:stop])
     assert [d["id"] for d in store.documents([6, 2, 3])] == ["d6", "d2", "d3"]
+    numbers, unknown = store.find(["d5", "no", "d1"])
+    assert numbers.tolist() == [1, 5] and unknown == ["no"]
+
+
+def test_windows_are_whole_documents_and_cover_the_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "_WINDOW_TOKENS", (1000, 2000))
+    monkeypatch.setattr(stores, "_DOCUMENTS_AT_ONCE", 4)
+    rng = np.random.default_rng(1)
+    lengths = [*rng.integers(2, 300, 200), 5000, *rng.integers(2, 300, 50)]
+    write(tmp_path / "s", lengths)
+    store = open_store(tmp_path / "s")
+    windows = store.windows.read(0, len(store.windows))
+    assert windows[0] == 0 and windows[-1] == 251 and (np.diff(windows) > 0).all()
+    sizes = np.add.reduceat(lengths, windows[:-1])
+    assert len(windows) > 20 and np.median(sizes) < 1400 and sorted(sizes)[-2] < 1700 and sizes[:-1].min() > 300
 
 
 def test_an_unfinished_store_is_none(tmp_path):
@@ -53,29 +69,47 @@ def test_an_unfinished_store_is_none(tmp_path):
     writer.close()
 
 
-def test_a_store_that_was_cut_or_is_of_another_format_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["tokens", "ends", "bytes", "windows", "providers"])
+def test_a_store_with_a_file_that_was_cut_is_refused_when_it_is_opened(tmp_path, name):
     write(tmp_path / "s", [5, 3])
-    ends = tmp_path / "s" / "ends.i64"
-    ends.write_bytes(ends.read_bytes()[:-8])
-    with pytest.raises(ExperimentError, match="not whole"):
+    file = tmp_path / "s" / name
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ExperimentError, match=f"{name} is .* bytes long and not .*; delete the folder"):
         open_store(tmp_path / "s")
+    file.unlink()
+    with pytest.raises(ExperimentError, match=f"{name} is 0 bytes long"):
+        open_store(tmp_path / "s")
+
+
+def test_a_store_of_another_format_is_refused(tmp_path):
+    write(tmp_path / "s", [5, 3])
     manifest = tmp_path / "s" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
     with pytest.raises(ExperimentError, match="format 99"):
         open_store(tmp_path / "s")
 
 
-def test_a_flipped_bit_or_a_vanished_shard_is_an_error(tmp_path):
+@pytest.mark.parametrize(("name", "read"), [("tokens", lambda s: s.read(0, 64)), ("ends", lambda s: s.document(1))])
+def test_what_happens_to_a_file_of_an_open_store_is_an_error_and_no_crash(tmp_path, name, read):
     write(tmp_path / "s", [5000, 300])
-    (shard,) = [path for path in (tmp_path / "s" / "tokens").rglob("*") if path.is_file() and path.name != "zarr.json"]
-    content = bytearray(shard.read_bytes())
-    content[100] ^= 1
-    shard.write_bytes(content)
-    with pytest.raises(ExperimentError, match="cannot be read"):
-        open_store(tmp_path / "s").read(0, 64)
-    shard.unlink()
-    with pytest.raises(ExperimentError, match="cannot be read"):
-        open_store(tmp_path / "s").read(0, 64)
+    file = tmp_path / "s" / name
+    whole = file.read_bytes()
+    store = open_store(tmp_path / "s")
+    read(store)
+    file.write_bytes(whole[:9] + bytes([whole[9] ^ 1]) + whole[10:])
+    with pytest.raises(ExperimentError, match=f"{name} does not fit its checksum in chunk 0; delete the folder"):
+        read(store)
+    file.write_bytes(whole[:10])
+    with pytest.raises(ExperimentError, match=f"{name} was cut short; delete the folder"):
+        read(store)
+    file.unlink()
+    with pytest.raises(ExperimentError, match=f"{name} cannot be read|{name} was cut short"):
+        read(open_again(store))
+
+
+def open_again(store):
+    """The store as another process has it that opened it before and reads a file for the first time."""
+    return stores.Store(store.path, store.manifest)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}'])

@@ -181,7 +181,9 @@ def test_the_card_counts_what_was_read_when_the_batch_changed(exported, tmp_path
     assert "on 4,096 tokens" in card and "7 steps, the last of 1,024 tokens" in card
     edited = json.loads((done.path / "manifest.json").read_bytes())
     edited["sources"][0]["licence"] = "<script> | x"
-    assert "| &lt;script&gt; \\| x" in model_card(longer, edited, [], {"step": 7, "position": 64})
+    assert "| &lt;script&gt; \\| x" in model_card(
+        longer, edited, [], {"step": 7, "position": 64, "ledger": edited["ledger"]}
+    )
 
 
 def test_two_exports_at_once_do_not_mix(exported, tmp_path):

@@ -67,8 +67,8 @@ def test_a_run_leaves_its_whole_record(undisturbed):
     session = json.loads((undisturbed.path / "manifest.json").read_text())["sessions"][0]
     assert session["steps"] == 6 and session["flops"] > 0 and session["to"] >= session["from"]
     assert session["processes"] == 1 and session["devices"] == 8
-    rows = json.loads((undisturbed.path / "manifest.json").read_text())["mixture"]["rows"]
-    assert sum(rows.values()) == 48
+    rows = json.loads((undisturbed.path / "manifest.json").read_text())["ledger"]
+    assert rows["position"] == 48 == sum(entry["rows"] for entry in rows["entries"])
     sources = json.loads((undisturbed.path / "manifest.json").read_text())["sources"]
     assert [(s["name"], s["split"]) for s in sources[:4]] == [
         *[(f"sample-{c}", "train") for c in ("el", "en", "mt")],
@@ -148,8 +148,8 @@ def test_step_n_is_dispatched_before_the_metrics_of_the_one_before_are_read(fold
     order = []
     compiled = loop._compile_step
 
-    def counting(declared, shardings):
-        step = compiled(declared, shardings)
+    def counting(*given):
+        step = compiled(*given)
         return lambda state, batch: (order.append("dispatch"), step(state, batch))[1]
 
     monkeypatch.setattr(loop, "_compile_step", counting)
@@ -206,7 +206,7 @@ def test_losses_are_those_of_the_rows_in_their_order(undisturbed, folders):
     declared = small(mesh__data=8)
     rows = Rows(declared, prepare(declared, folders))
     for step in (1, 4):
-        batch = rows.batch(range(8 * (step - 1), 8 * step))
+        batch = rows.batch(declared.spans[0], range(8 * (step - 1), 8 * step))
         present = {declared.language_codes[i] for i in batch["language_ids_BL"][batch["loss_weights_BL"] > 0]}
         (line,) = [line for line in undisturbed.metrics if line["step"] == step and "loss" in line]
         assert set(line["loss_by_language"]) == present

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from euroflax.data.loader import Rows
 from euroflax.data.prepare import prepare
-from euroflax.experiment import ExperimentError, to_json
+from euroflax.experiment import ExperimentError, Stage, to_json
 from euroflax.folders import Folders
 from euroflax.training.record import Record, differences, read_metrics
 from tests.conftest import small
@@ -14,12 +15,13 @@ from tests.conftest import small
 @pytest.fixture(scope="module", autouse=True)
 def _prepared(cache):
     opened.prepared = prepare(small(), Folders(cache_dir=cache))
+    opened.order = Rows(small(), opened.prepared).order
 
 
 @contextlib.contextmanager
 def opened(path, declared=None, prepared=None):
     with contextlib.closing(Record(path, declared or small(), writes=True)) as record:
-        record.begin({"devices": 1}, prepared or opened.prepared, {})
+        record.begin({"devices": 1}, prepared or opened.prepared, opened.order, 0)
         yield record
 
 
@@ -59,6 +61,14 @@ def test_a_second_start_on_a_folder_is_refused_and_a_dead_ones_lock_is_not(tmp_p
         assert len(second.manifest["sessions"]) == 2
 
 
+def with_list(path):
+    return tuple(dataclasses.replace(source, block_list=path) for source in small().data.sources)
+
+
+def staged(**changes):
+    return (Stage(**({"from_tokens": 1024, "sequence_length": 128, "batch_tokens": 512} | changes)),)
+
+
 @pytest.mark.parametrize(
     ("changes", "refused"),
     [
@@ -68,6 +78,9 @@ def test_a_second_start_on_a_folder_is_refused_and_a_dead_ones_lock_is_not(tmp_p
         ({"checkpoint__every_steps": 9}, None),
         ({"evaluation__every_steps": 9}, None),
         ({"training__tokens": 10**6}, None),
+        ({"data__sources": with_list("ids.txt")}, None),
+        ({"stages": staged(batch_tokens=1024)}, None),
+        ({"stages": staged(sequence_length=32)}, "stages[0].sequence_length=32 differs from 128"),
         ({"training__tokens": 2048}, "training.tokens=2048 differs from 3072"),
         ({"model__num_layers": 3}, "model.num_layers=3 differs from 2"),
         ({"training__seed": 1}, "training.seed=1 differs from 0"),
@@ -77,7 +90,8 @@ def test_a_second_start_on_a_folder_is_refused_and_a_dead_ones_lock_is_not(tmp_p
     ],
 )
 def test_only_mesh_batch_checkpoint_evaluation_and_more_tokens_may_differ(tmp_path, changes, refused):
-    found = differences(to_json(small()), to_json(small(**changes)), tmp_path)
+    earlier = small(stages=staged()) if "stages" in changes else small()
+    found = differences(to_json(earlier), to_json(small(**changes)), tmp_path)
     assert (found == []) if refused is None else any(refused in fault for fault in found), found
 
 

@@ -26,7 +26,7 @@ def batch(cache, tmp_path_factory):
     from euroflax.folders import Folders
 
     declared = small()
-    return Rows(declared, prepare(declared, Folders(cache_dir=cache))).batch(range(8))
+    return Rows(declared, prepare(declared, Folders(cache_dir=cache))).batch(declared.spans[0], range(8))
 
 
 def on_mesh(declared, batch, function):
@@ -76,7 +76,7 @@ def test_accumulation_on_a_mesh_equals_the_large_batch(batch):
 
 def test_losses_by_language_make_up_the_loss(batch):
     declared = small()
-    state, metrics = jax.jit(functools.partial(train_step, declared))(first(declared), batch)
+    state, metrics = jax.jit(functools.partial(train_step, declared, declared.spans[0]))(first(declared), batch)
     assert isinstance(state, TrainState)
     assert metrics["weight_M"].sum() == batch["loss_weights_BL"].sum()
     np.testing.assert_allclose(metrics["loss_sum_M"].sum() / metrics["weight_M"].sum(), metrics["loss"], rtol=1e-5)
@@ -96,7 +96,7 @@ def test_the_reported_loss_is_without_z_loss_and_the_gradient_with_it(batch):
 def test_a_step_moves_parameters_position_and_step(batch):
     declared = small()
     state = first(declared)
-    after, metrics = jax.jit(functools.partial(train_step, declared))(state, batch)
+    after, metrics = jax.jit(functools.partial(train_step, declared, declared.spans[0]))(state, batch)
     assert (int(after.step), int(after.position)) == (1, 8)
     assert metrics["learning_rate"] == np.float32(declared.training.schedule.peak_learning_rate)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, after.params)
@@ -110,5 +110,5 @@ def test_masked_rows_at_the_end_count_for_nothing(batch):
     other["loss_weights_BL"] = masked["loss_weights_BL"]
     a, b = (alone(declared, part) for part in (masked, other))
     assert_trees_close(a[0], b[0], 1e-6)
-    after, _ = jax.jit(functools.partial(train_step, declared))(first(declared), masked)
+    after, _ = jax.jit(functools.partial(train_step, declared, declared.spans[0]))(first(declared), masked)
     assert int(after.position) == 5

@@ -1,0 +1,103 @@
+"""The tables of the mixture, the ledger and a row, for a terminal or as text."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from euroflax.data.ledger import Entry, totals
+from euroflax.data.loader import PlacedRow
+from euroflax.languages import LANGUAGES
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None)
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "unknown" if value is None else f"{100 * value:.4g}%"
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:,.0f}"
+
+
+def _epochs(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3g}"
+
+
+def mixture(stages: list[dict]) -> Table:
+    """Each source with its natural frequency, its share and rows in each stage, and its epochs at the end."""
+    first = stages[0]
+    unit = first["unit"]
+    many = len(stages) > 1
+    columns = [unit, "natural", *("share" if not many else f"share {stage['stage']}" for stage in stages)]
+    rows = [*("rows" if not many else f"rows {stage['stage']}" for stage in stages), "epochs"]
+    table = _table(f"mixture, shares of {unit}", ["source", "language", "size"], [*columns, *rows])
+    for i, source in enumerate(first["sources"]):
+        lines = [stage["sources"][i] for stage in stages]
+        table.add_row(
+            source["source"],
+            source["language"],
+            source["size"],
+            _number(source[unit]),
+            _percent(source["natural"]),
+            *(_percent(line["share"]) for line in lines),
+            *(_number(line["rows"]) for line in lines),
+            _epochs(lines[-1]["epochs_so_far"]),
+        )
+    return table
+
+
+def stages(found: list[dict]) -> Table:
+    """Where each stage begins, and its rows and batches."""
+    table = _table("stages", [], ["stage", "from token", "from row", "tokens a row", "rows a batch"])
+    for stage in found:
+        names = ("stage", "first_token", "first_row", "sequence_length", "batch_rows")
+        table.add_row(*(f"{stage[name]:,}" for name in names))
+    return table
+
+
+def ledger(entries: Sequence[Entry], title: str) -> list[Table]:
+    """What was read, by source and provider, then summed by language and by provider."""
+    names = ("documents", "bytes", "tokens")
+    table = _table(title, ["source", "language", "provider"], ["rows", *names, "epochs", "left over"])
+    for entry in entries:
+        once = entry.epochs is not None
+        table.add_row(
+            entry.source,
+            entry.language,
+            entry.provider,
+            _number(entry.rows) if once else "",
+            *(_number(getattr(entry, name)) for name in names),
+            _epochs(entry.epochs) if once else "",
+            _number(entry.left_over_tokens) if once else "",
+        )
+    tables = [table]
+    for by in ("language", "provider"):
+        sums = _table(f"by {by}", [by], names)
+        for name, amounts in totals(entries, by).items():
+            code = f"{name} {LANGUAGES[name].name}" if by == "language" and name in LANGUAGES else name
+            sums.add_row(code, *(_number(amounts[column]) for column in names))
+        tables.append(sums)
+    return tables
+
+
+def row(placed: PlacedRow) -> list[str]:
+    """A row of the run in lines: its source, its documents with their pieces, and their text."""
+    source = placed.source
+    padding = int((placed.segment_ids == 0).sum())
+    lines = [
+        f"row {placed.index}: source {source.name} ({source.language}), stage {placed.stage}, epoch {placed.epoch}, "
+        f"{len(placed.tokens)} tokens, {padding} of them padding"
+    ]
+    parts = zip(placed.documents, placed.spans, placed.texts, strict=True)
+    for number, (document, (first, last, length), text) in enumerate(parts, start=1):
+        known = [f"{name} {document[name]}" for name in ("provider", "licence") if document[name] is not None]
+        about = [f"tokens {first} to {last} of {length}", f"{document['bytes']} bytes", *known]
+        lines += ["", f"segment {number}: document {document['id']}, {', '.join(about)}", text]
+    return lines

@@ -1,0 +1,100 @@
+"""The metrics of steps, read one step late so that no device waits for the host."""
+
+import math
+import time
+
+import jax
+import numpy as np
+
+from euroflax import devices, model
+from euroflax.experiment import RunFailed
+from euroflax.training.job import Job
+from euroflax.training.stop import Stop
+
+
+class Meter:
+    """Reads the metrics of step n - 1 once step n is dispatched, writes and shows them."""
+
+    def __init__(self, job: Job, step: int, position: int) -> None:
+        self._job, self._step, self._position = job, step, position
+        self._session = job.record.manifest["sessions"][-1]
+        self._pending: list[tuple[dict, jax.Array | None]] = []
+        self._clock = time.perf_counter()
+        peak = devices.peak_flops(jax.devices()[0].device_kind)
+        self._peak = None if peak is None else peak * jax.device_count()
+
+    def dispatched(self, metrics: dict) -> bool:
+        """Takes the metrics of a step that may still be running; returns whether any process wishes to stop."""
+        flags = _stop_flags(self._job.stop, self._job.mesh) if jax.process_count() > 1 else None
+        self._pending.append((metrics, flags))
+        if len(self._pending) > 1:
+            return self._write(self._pending.pop(0))
+        return jax.process_count() == 1 and self._job.stop.reason is not None
+
+    def flush(self) -> bool:
+        """Writes what was dispatched, waiting for it; returns whether any process wishes to stop."""
+        wishes = [self._write(entry) for entry in self._pending]
+        self._pending = []
+        return any(wishes)
+
+    def resume(self) -> None:
+        """The time since the last step was not a step's: the clock starts again."""
+        self._clock = time.perf_counter()
+
+    def _write(self, entry: tuple[dict, jax.Array | None]) -> bool:
+        metrics, flags = entry
+        read = jax.device_get(metrics)
+        stopping = self._job.stop.reason is not None if flags is None else bool(np.asarray(flags) > 0)
+        seconds = time.perf_counter() - self._clock
+        self._clock += seconds
+        self._step += 1
+        line = self._line(read, seconds)
+        self._session["steps"] += 1
+        self._session["flops"] += line["flops"]
+        self._session["position"] = self._position
+        del line["flops"]
+        self._job.record.append([line])
+        if not math.isfinite(line["loss"]):
+            raise RunFailed(
+                f"the loss of step {self._step} is not finite; look at the data and the learning rate: "
+                "the last checkpoint is from before it"
+            )
+        self._job.display.step(line, self._job.declared.total_tokens)
+        return stopping
+
+    def _line(self, read: dict, seconds: float) -> dict:
+        declared = self._job.declared
+        before, span = self._position, declared.span_at(self._position)
+        self._position = min(before + span.batch_rows, span.stop_row)
+        tokens = (self._position - before) * span.sequence_length
+        flops = tokens * model.flops_per_token(declared.model, span.sequence_length)
+        sums, weights = read["loss_sum_M"], read["weight_M"]
+        present = [(i, code) for i, code in enumerate(declared.language_codes) if weights[i] > 0]
+        mfu = None if self._peak is None else flops / seconds / self._peak
+        return {
+            "step": self._step,
+            "sequences": self._position,
+            "tokens": declared.tokens_at(self._position),
+            "loss": float(read["loss"]),
+            "loss_by_language": {code: float(sums[i] / weights[i]) for i, code in present},
+            "grad_norm": float(read["grad_norm"]),
+            "learning_rate": float(read["learning_rate"]),
+            "padding_tokens": int(read["padding"]) - (span.batch_rows * span.sequence_length - tokens),
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "mfu": mfu,
+            "flops": flops,
+        }
+
+
+def _stop_flags(stop: Stop, mesh: jax.sharding.Mesh) -> jax.Array:
+    """The number of devices whose process wishes to stop, computed on the devices behind the step."""
+    flags = np.full(len(mesh.local_devices), stop.reason is not None, np.float32)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+    placed = jax.make_array_from_process_local_data(everywhere, flags, (mesh.size,))
+    return _sum(placed)
+
+
+@jax.jit
+def _sum(flags: jax.Array) -> jax.Array:
+    return jax.numpy.sum(flags)
