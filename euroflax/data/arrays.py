@@ -123,5 +123,5 @@ class ArrayWriter:
     def close(self) -> None:
         """Writes what is left and closes the file."""
         if not self._file.closed:
-            self._write(len(self._pending))
-            self._file.close()
+            with self._file:
+                self._write(len(self._pending))

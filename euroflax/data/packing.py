@@ -7,6 +7,7 @@ improve language modeling", 2024). A document longer than a row goes on in furth
 declared.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -31,6 +32,7 @@ PIECE = np.dtype(
         ("ends", "<i2"),  # 1 where the document ends with it
     ]
 )
+_Documents = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 WINDOW = np.dtype([("rows", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("documents", "<i8")])
 
 
@@ -145,33 +147,32 @@ def make_packing(path: pathlib.Path, store: Store, recipe: Recipe, advance: Call
         advance: told how many tokens are packed.
     """
     path.mkdir(parents=True)
-    names = {"pieces": PIECE, "first_pieces": np.dtype("<i8"), "windows": WINDOW}
-    arrays = {name: ArrayWriter(path / name, dtype) for name, dtype in names.items()}
     withdrawn, unknown = store.find(recipe.withdrawn)
-    totals = np.zeros(1, WINDOW)[0]
-    for window in range(store.manifest["windows"]):
-        numbers, starts, lengths, sizes = _documents(store, window, withdrawn)
-        pieces, rows = pack(numbers, starts, lengths, sizes, recipe)
-        order = np.lexsort((pieces["start"], rows))
-        pieces, rows = pieces[order], rows[order]
-        firsts = np.flatnonzero(np.diff(rows, prepend=-1))
-        arrays["first_pieces"].append(arrays["pieces"].length + firsts)
-        arrays["pieces"].append(pieces)
-        sums = (len(firsts), pieces["count"].sum(), pieces["bytes"].sum(dtype=np.int64), pieces["begins"].sum())
-        arrays["windows"].append(np.array([sums], WINDOW))
-        for name, value in zip(WINDOW.names or (), sums, strict=True):
-            totals[name] += value
-        advance(int(totals["tokens"]))
-    arrays["first_pieces"].append(np.array([arrays["pieces"].length]))
-    for array in arrays.values():
-        array.close()
-    facts = {name: int(totals[name]) for name in WINDOW.names or ()} | {"pieces": arrays["pieces"].length}
+    totals = np.zeros(len(WINDOW.names or ()), np.int64)
+    with contextlib.ExitStack() as stack:
+        types = {"pieces": PIECE, "first_pieces": np.dtype("<i8"), "windows": WINDOW}
+        arrays = {name: ArrayWriter(path / name, dtype) for name, dtype in types.items()}
+        for array in arrays.values():
+            stack.callback(array.close)
+        for window in range(store.manifest["windows"]):
+            pieces, rows = pack(*_documents(store, window, withdrawn), recipe)
+            order = np.lexsort((pieces["start"], rows))
+            pieces, rows = pieces[order], rows[order]
+            firsts = np.flatnonzero(np.diff(rows, prepend=-1))
+            arrays["first_pieces"].append(arrays["pieces"].length + firsts)
+            arrays["pieces"].append(pieces)
+            sums = (len(firsts), pieces["count"].sum(), pieces["bytes"].sum(dtype=np.int64), pieces["begins"].sum())
+            arrays["windows"].append(np.array([sums], WINDOW))
+            totals += sums
+            advance(int(totals[1]))
+        arrays["first_pieces"].append(np.array([arrays["pieces"].length]))
+    facts = dict(zip(WINDOW.names or (), totals.tolist(), strict=True)) | {"pieces": arrays["pieces"].length}
     asked = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "withdrawn"}
     left_out = {"withdrawn": withdrawn.tolist(), "unknown": unknown}
     replace_json(path / "manifest.json", {"format": _FORMAT, **asked, **facts, **left_out})
 
 
-def _documents(store: Store, window: int, withdrawn: np.ndarray) -> tuple[np.ndarray, ...]:
+def _documents(store: Store, window: int, withdrawn: np.ndarray) -> _Documents:
     """Number, first position, tokens and bytes of the documents of a window, the withdrawn ones left out."""
     first, last = store.windows.read(window, window + 2).tolist()
     numbers = np.arange(first, last)

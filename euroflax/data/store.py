@@ -1,14 +1,15 @@
 """The token store: one source's documents as tokens on disk, readable at any position without reading the rest.
 
 A store is a folder of few files, arrays with checksums (`arrays.py`). `tokens` holds all tokens (uint16 or uint32),
-`ends` the end of each document in it and `bytes` the text bytes up to there, `windows` the documents before each window,
-`providers` the number of each document's provider where it varies, `documents.parquet` a row a document (id, bytes,
-provider, licence), and `manifest.json`, written last, says what it is. Each document stands as beginning-of-document
+`ends` the end of each document in it and `bytes` the text bytes up to there, `windows` the documents before each
+window, `providers` the number of each document's provider where it varies, `documents.parquet` a row a document (id,
+bytes, provider, licence), and `manifest.json`, written last, says what it is. Each document stands as beginning-of-document
 token, text tokens, end-of-document token.
 
 Windows are runs of whole documents, the unit of packing and of shuffling: a sixty-fourth of the store, within bounds.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -220,9 +221,9 @@ class StoreWriter:
 
     def close(self) -> None:
         """Closes the files; a store that is not finished stays without a manifest."""
-        self._table.close()
-        for array in self._arrays.values():
-            array.close()
+        with contextlib.ExitStack() as stack:
+            for file in (self._table, *self._arrays.values()):
+                stack.callback(file.close)
 
 
 def _windows(ends: FileArray, num_tokens: int) -> np.ndarray:

@@ -117,8 +117,8 @@ class Record:
         """Refuses an order of rows that gives those before the position otherwise than the run has read them."""
         before = self.manifest.get("mixture", {}).get("resolved", [])
         for old, new in zip(before, order.to_json(), strict=False):
-            if old["first_row"] < position and old != new:
-                changed = [name for name in old if old[name] != new[name]]
+            changed = [name for name in ("first_row", "weights", "begins") if old[name] != new[name]]
+            if old["first_row"] < position and changed:
                 raise ExperimentError(
                     f"run folder={self.path}: the mixture of stage {old['stage']} has other {', '.join(changed)} than "
                     "the run began with; put training.tokens and the data back, or start a run of another name"
