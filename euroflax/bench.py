@@ -37,7 +37,8 @@ Display = ConsoleDisplay | SilentDisplay
 def bench(declared: Experiment, folders: Folders, num_rows: int, display: Display, stop: Stop) -> dict:
     """Reads rows of the run in both packings with each loader, and says how fast.
 
-    The other loaders are given a minute at most. Speeds are medians over parts of the rows, in tokens of rows, padding counted.
+    The other loaders are given a minute at most. Speeds are medians over parts of the rows, in tokens of rows, padding
+    counted.
 
     Raises:
         ExperimentError: the data is at fault.

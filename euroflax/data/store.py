@@ -3,8 +3,8 @@
 A store is a folder of few files, arrays with checksums (`arrays.py`). `tokens` holds all tokens (uint16 or uint32),
 `ends` the end of each document in it and `bytes` the text bytes up to there, `windows` the documents before each
 window, `providers` the number of each document's provider where it varies, `documents.parquet` a row a document (id,
-bytes, provider, licence), and `manifest.json`, written last, says what it is. Each document stands as beginning-of-document
-token, text tokens, end-of-document token.
+bytes, provider, licence), and `manifest.json`, written last, says what it is. Each document stands as beginning-of-
+document token, text tokens, end-of-document token.
 
 Windows are runs of whole documents, the unit of packing and of shuffling: a sixty-fourth of the store, within bounds.
 """
