@@ -146,6 +146,19 @@ def test_a_cap_that_is_broken_is_refused_by_check_plan_and_train_alike(folders):
     assert not (folders.run_dir(declared.name) / "experiment.json").exists()
 
 
+def test_a_cap_counts_the_epochs_of_all_stages(folders):
+    mixture = Mixture(max_epochs=2.5)
+    stages = (Stage(from_tokens=10_000, mixture=dataclasses.replace(mixture, languages="uniform")),)
+    fits = small(training__tokens=12_000, data__mixture=mixture, stages=stages)
+    verbs.plan(fits, folders)
+    prepare(fits, folders)
+    verbs.plan(fits, folders)
+    with pytest.raises(ExperimentError, match=r"^stages\[0\].mixture.max_epochs=2.5: source sample-\w\w would be read"):
+        verbs.plan(dataclasses.replace(fits, training=dataclasses.replace(fits.training, tokens=17_000)), folders)
+    verbs.plan(small(training__tokens=10_000, data__mixture=mixture), folders)
+    verbs.plan(small(training__tokens=7_000, data__mixture=stages[0].mixture), folders)
+
+
 # What is shown of it.
 
 
@@ -225,21 +238,24 @@ def test_bench_measures_both_packings_beside_grain(folders, capsys):
 # What a run does with it.
 
 
-def test_a_run_of_stages_that_is_stopped_in_each_of_them_ends_bitwise_the_same(folders, tmp_path):
+@pytest.mark.parametrize("stops", [(1, 4), (3,)], ids=["within stages", "at the end of one"])
+def test_a_run_of_stages_that_is_stopped_in_each_of_them_ends_bitwise_the_same(folders, tmp_path, stops):
     declared = staged(evaluation__every_steps=100, checkpoint__every_steps=100, data__packing="best-fit")
     whole = verbs.train(declared, folders)
     lines = [line for line in whole.metrics if "loss" in line]
     assert [line["tokens"] for line in lines] == [512, 1024, 1408, 1792, 2080, 2592, 3104, 3520]
     assert lines[-1]["sequences"] == declared.total_rows and [x["step"] for x in lines] == list(range(1, 9))
     apart = dataclasses.replace(folders, runs_dir=tmp_path / "apart")
-    for step in (1, 4):
+    for step in stops:
         stop = Stop()
         with pytest.raises(Interrupted):
             verbs.train(declared, apart, StopAfter(stop, step=step), stop)
+        read = read_manifest(apart.run_dir(declared.name))["ledger"]["position"]
+        assert read == lines[step + 1]["sequences"]  # a wish is heard a step later, and a step is read one later
     resumed = verbs.train(declared, apart)
     assert deterministic(resumed.metrics) == deterministic(whole.metrics)
     manifests = [read_manifest(f.run_dir(declared.name)) for f in (folders, apart)]
-    assert manifests[0]["ledger"] == manifests[1]["ledger"] and len(manifests[1]["sessions"]) == 3
+    assert manifests[0]["ledger"] == manifests[1]["ledger"] and len(manifests[1]["sessions"]) == len(stops) + 1
 
 
 def test_the_learning_rate_counts_tokens_over_all_stages(folders):

@@ -21,7 +21,7 @@ from euroflax.data.store import Store
 from euroflax.experiment import ExperimentError, fingerprint
 from euroflax.folders import replace_json
 
-_FORMAT = 1
+_FORMAT = 2
 PIECE = np.dtype(
     [
         ("document", "<i8"),  # its number in the store
@@ -33,7 +33,16 @@ PIECE = np.dtype(
     ]
 )
 _Documents = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-WINDOW = np.dtype([("rows", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("documents", "<i8")])
+TOTAL = np.dtype(
+    [
+        ("window", "<i8"),
+        ("provider", "<i8"),  # as the store numbers them, -1 for none of the document's own
+        ("documents", "<i8"),
+        ("bytes", "<i8"),
+        ("tokens", "<i8"),
+    ]
+)
+AMOUNTS = ("documents", "bytes", "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +89,18 @@ class Packing:
         return self.store.manifest["windows"]
 
     @functools.cached_property
-    def windows(self) -> FileArray:
-        """Rows, tokens, bytes and documents of each window, of type `WINDOW`."""
-        return FileArray(self.path / "windows", WINDOW, self.num_windows)
+    def totals(self) -> FileArray:
+        """What the rows of a window hold of each provider, of type `TOTAL`, in the order of windows."""
+        return FileArray(self.path / "totals", TOTAL, self.manifest["totals"])
+
+    @functools.cached_property
+    def _first_rows(self) -> FileArray:
+        return FileArray(self.path / "first_rows", "<i8", self.num_windows + 1)
 
     @functools.cached_property
     def first_rows(self) -> np.ndarray:
         """Rows before each window, and before the end, int64 `[windows + 1]`."""
-        return np.concatenate([[0], np.cumsum(self.windows.read(0, self.num_windows)["rows"])])
+        return self._first_rows.read(0, self.num_windows + 1)
 
     @functools.cached_property
     def _pieces(self) -> FileArray:
@@ -107,13 +120,9 @@ class Packing:
         firsts = self._first_pieces.read(start, stop + 1)
         return self._pieces.read(int(firsts[0]), int(firsts[-1])), np.diff(firsts)
 
-    def documents(self, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of the documents that a window gives rows: numbers, tokens and bytes, int64 each."""
-        numbers, _, lengths, sizes = _documents(self.store, window, np.array(self.manifest["withdrawn"], np.int64))
-        if self.manifest["long_documents"] == "cut":
-            kept = np.minimum(lengths, self.manifest["sequence_length"])
-            return numbers, kept, sizes * kept // lengths
-        return numbers, lengths, sizes
+    def providers_of(self, pieces: np.ndarray) -> np.ndarray:
+        """The provider of the document of each piece, numbered as in `TOTAL`."""
+        return _providers(self.store, pieces["document"])
 
 
 def open_packing(path: pathlib.Path, store: Store) -> Packing | None:
@@ -125,7 +134,7 @@ def open_packing(path: pathlib.Path, store: Store) -> Packing | None:
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
         found = Packing(path, store, manifest)
-        arrays = (found.windows, found._pieces, found._first_pieces)
+        arrays = (found.totals, found._first_rows, found._pieces, found._first_pieces)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
@@ -148,25 +157,30 @@ def make_packing(path: pathlib.Path, store: Store, recipe: Recipe, advance: Call
     """
     path.mkdir(parents=True)
     withdrawn, unknown = store.find(recipe.withdrawn)
-    totals = np.zeros(len(WINDOW.names or ()), np.int64)
+    sums = dict.fromkeys(AMOUNTS, 0)
     with contextlib.ExitStack() as stack:
-        types = {"pieces": PIECE, "first_pieces": np.dtype("<i8"), "windows": WINDOW}
+        types = {"pieces": PIECE, "first_pieces": "<i8", "first_rows": "<i8", "totals": TOTAL}
         arrays = {name: ArrayWriter(path / name, dtype) for name, dtype in types.items()}
         for array in arrays.values():
             stack.callback(array.close)
+        num_rows = 0
         for window in range(store.manifest["windows"]):
             pieces, rows = pack(*_documents(store, window, withdrawn), recipe)
             order = np.lexsort((pieces["start"], rows))
             pieces, rows = pieces[order], rows[order]
             firsts = np.flatnonzero(np.diff(rows, prepend=-1))
+            arrays["first_rows"].append(np.array([num_rows]))
             arrays["first_pieces"].append(arrays["pieces"].length + firsts)
             arrays["pieces"].append(pieces)
-            sums = (len(firsts), pieces["count"].sum(), pieces["bytes"].sum(dtype=np.int64), pieces["begins"].sum())
-            arrays["windows"].append(np.array([sums], WINDOW))
-            totals += sums
-            advance(int(totals[1]))
+            totals = _totals(store, window, pieces)
+            arrays["totals"].append(totals)
+            num_rows += len(firsts)
+            for name in AMOUNTS:
+                sums[name] += int(totals[name].sum())
+            advance(sums["tokens"])
+        arrays["first_rows"].append(np.array([num_rows]))
         arrays["first_pieces"].append(np.array([arrays["pieces"].length]))
-    facts = dict(zip(WINDOW.names or (), totals.tolist(), strict=True)) | {"pieces": arrays["pieces"].length}
+    facts = sums | {"rows": num_rows} | {name: arrays[name].length for name in ("pieces", "totals")}
     asked = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "withdrawn"}
     left_out = {"withdrawn": withdrawn.tolist(), "unknown": unknown}
     replace_json(path / "manifest.json", {"format": _FORMAT, **asked, **facts, **left_out})
@@ -181,6 +195,24 @@ def _documents(store: Store, window: int, withdrawn: np.ndarray) -> _Documents:
         ends, sizes = np.concatenate([[0], ends]), np.concatenate([[0], sizes])
     kept = ~np.isin(numbers, withdrawn)
     return numbers[kept], ends[:-1][kept], np.diff(ends)[kept], np.diff(sizes)[kept]
+
+
+def _providers(store: Store, documents: np.ndarray) -> np.ndarray:
+    """The numbers of the providers of documents that lie near each other."""
+    if store.providers is None or not len(documents):
+        return np.full(len(documents), -1)
+    first = int(documents.min())
+    return store.provider_numbers.read(first, int(documents.max()) + 1)[documents - first]
+
+
+def _totals(store: Store, window: int, pieces: np.ndarray) -> np.ndarray:
+    """What the pieces of a window hold of each provider, of type `TOTAL`."""
+    providers, places = np.unique(_providers(store, pieces["document"]), return_inverse=True)
+    totals = np.zeros(len(providers), TOTAL)
+    totals["window"], totals["provider"] = window, providers
+    for name, field in zip(AMOUNTS, ("begins", "bytes", "count"), strict=True):
+        totals[name] = np.bincount(places, pieces[field], len(providers))
+    return totals
 
 
 def pack(

@@ -1,29 +1,24 @@
 """Preparation: from text files to a tokenizer and token stores in the cache, once for all runs that need the same."""
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import html
 import json
 import multiprocessing
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 
 from euroflax.data import documents, tokenizer
+from euroflax.data.fingerprints import Progress, digests
 from euroflax.data.packings import Packings, make_packings, open_packings
 from euroflax.data.store import FORMAT, NotPrepared, Store, StoreWriter, open_store
 from euroflax.data.tokenize import ALL, HELD_OUT, TRAIN, Tokenize, TokenizingPool
 from euroflax.data.tokenizer import Tokenizer
 from euroflax.data.withdrawals import Ids, Withdrawal, continued, read_history, read_lists
 from euroflax.experiment import Experiment, ExperimentError, Source, fingerprint
-from euroflax.folders import Folders, locked, make_folder, replace_file, replace_json
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, the bytes done and the bytes in all."""
+from euroflax.folders import Folders, locked, make_folder, replace_file
 
 _LINES_TO_JUDGE_BY = 10_000
 
@@ -93,16 +88,16 @@ def prepare(experiment: Experiment, folders: Folders, progress: Progress = lambd
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker runs the script that called
         raise ExperimentError("prepare was called in a worker of itself; call it below if __name__ == '__main__':")
     make_folder(folders.cache_dir, "--cache-dir")
-    digests = _digests(experiment, folders, progress)
-    _check_held_out(experiment, digests)
-    path = _tokenizer_path(experiment, folders, digests)
+    found = digests(experiment, folders, progress)
+    _check_held_out(experiment, found)
+    path = _tokenizer_path(experiment, folders, found)
     if not path.is_file() and experiment.tokenizer_path is None:
-        _train_tokenizer(experiment, path, digests, progress)
+        _train_tokenizer(experiment, path, found, progress)
     known = _checked_tokenizer(experiment, path)
-    missing = [part for part in _parts(experiment, known, digests) if _find(folders, part) is None]
+    missing = [part for part in _parts(experiment, known, found) if _find(folders, part) is None]
     if missing:
         _make_stores(experiment, folders, path, missing, progress)
-    train, _ = _open_stores(experiment, folders, known, digests)
+    train, _ = _open_stores(experiment, folders, known, found)
     make_packings(experiment, folders.cache_dir, train, _lists(experiment, folders), progress)
     return open_prepared(experiment, folders)
 
@@ -119,12 +114,12 @@ def open_prepared(experiment: Experiment, folders: Folders) -> Prepared:
     Raises:
         NotPrepared: something is missing.
     """
-    digests = _digests(experiment, folders, lambda *_: None)
-    path = _tokenizer_path(experiment, folders, digests)
+    found = digests(experiment, folders, None)
+    path = _tokenizer_path(experiment, folders, found)
     if not path.is_file() and experiment.tokenizer_path is None:
         raise NotPrepared("data.tokenizer")
     known = _checked_tokenizer(experiment, path)
-    train, evaluation = _open_stores(experiment, folders, known, digests)
+    train, evaluation = _open_stores(experiment, folders, known, found)
     packings = open_packings(experiment, folders.cache_dir, train, _lists(experiment, folders))
     history, lists = read_history(folders.run_dir(experiment.name)), read_lists(experiment, folders)
     left_out, unknown = _held_out_and_unknown(packings, evaluation, lists)
@@ -186,30 +181,6 @@ def _find(folders: Folders, part: _Part) -> Store | None:
     return open_store(_store_path(folders, part))
 
 
-def _digests(experiment: Experiment, folders: Folders, progress: Progress) -> dict[str, list]:
-    """For each source path the `[file, sha256]` of its files; a file is read again only when it changed."""
-    found = {}
-    sources = experiment.data.sources + experiment.evaluation.sources
-    for source in {source.path: source for source in sources}.values():
-        record_path = folders.cache_dir / "fingerprints" / fingerprint([str(folders.data_root.resolve()), source.path])
-        try:
-            known = {row["file"]: row for row in json.loads(record_path.read_bytes())}
-        except (OSError, ValueError):
-            known = {}
-        try:
-            files = documents.find_files(source, folders.data_root)
-        except ExperimentError:
-            if not known:
-                raise
-            files = None  # prepared earlier, on a machine that had the text
-        rows = list(known.values()) if files is None else _digest_files(files, known, source, progress)
-        if rows != list(known.values()):
-            record_path.parent.mkdir(parents=True, exist_ok=True)
-            replace_json(record_path, rows)
-        found[source.path] = [(row["file"], row["sha256"]) for row in rows]
-    return found
-
-
 def _check_held_out(experiment: Experiment, digests: dict[str, list]) -> None:
     """Refuses to evaluate on a file that is trained on too, or to hold out of it in two ways."""
     trained: dict[str, str] = {}
@@ -230,31 +201,6 @@ def _check_held_out(experiment: Experiment, digests: dict[str, list]) -> None:
                     f"evaluation source {source.name}: file {pathlib.Path(name).name} is also trained on, in source "
                     f"{trained[digest]}; take it out of one, or use holdout_fraction"
                 )
-
-
-def _digest_files(files: list[pathlib.Path], known: dict, source: Source, progress: Progress) -> list[dict]:
-    def digest(file: pathlib.Path) -> dict:
-        try:
-            stat = file.stat()
-            row = {"file": str(file), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-            old = known.get(str(file))
-            if old and row == {key: old[key] for key in row}:
-                return old
-            with open(file, "rb") as opened:
-                return row | {"sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
-        except OSError as error:
-            raise ExperimentError(
-                f"source {source.name}: file {file} cannot be read ({error.strerror}); check its permissions"
-            ) from error
-
-    total, done, rows = len(files), 0, []
-    with concurrent.futures.ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for row in pool.map(digest, files):
-            done += 1
-            rows.append(row)
-            if total > 1:
-                progress(f"fingerprint {source.name}", done, total)
-    return rows
 
 
 def _tokenizer_path(experiment: Experiment, folders: Folders, digests: dict[str, list]) -> pathlib.Path:

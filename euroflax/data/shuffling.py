@@ -5,7 +5,7 @@ import hashlib
 
 import numpy as np
 
-from euroflax.data.packing import Packing
+from euroflax.data.packing import AMOUNTS, Packing
 
 _GROUPS = 16
 _MAX_WINDOWS_IN_GROUP = 16
@@ -90,28 +90,15 @@ class SourceRows:
             if len(mine):
                 pieces, counts = self.packing.pieces_of(first, last)
                 pieces = pieces[np.repeat(np.isin(np.arange(first, last), mine), counts)]
-                found = found + self._by_provider(
-                    pieces["document"], pieces["begins"], pieces["bytes"], pieces["count"]
-                )
+                providers = self.packing.providers_of(pieces)
+                found = found + self._by_provider(providers, pieces["begins"], pieces["bytes"], pieces["count"])
         return found
 
     def _sum_of_windows(self, windows: np.ndarray) -> np.ndarray:
-        packing = self.packing
-        if packing.store.providers is None:
-            read = packing.windows.read(0, packing.num_windows)[windows]
-            return np.array([[read[name].sum() for name in ("documents", "bytes", "tokens")]])
-        found = np.zeros((len(packing.store.providers) + 1, 3), np.int64)
-        for window in windows:
-            numbers, tokens, sizes = packing.documents(int(window))
-            found += self._by_provider(numbers, np.ones(len(numbers)), sizes, tokens)
-        return found
+        totals = self.packing.totals.read(0, len(self.packing.totals))
+        totals = totals[np.isin(totals["window"], windows)]
+        return self._by_provider(totals["provider"], *(totals[name] for name in AMOUNTS))
 
-    def _by_provider(self, documents: np.ndarray, *values: np.ndarray) -> np.ndarray:
-        store = self.packing.store
-        if store.providers is None or not len(documents):
-            size = 1 + len(store.providers or ())
-            return np.array([[value.sum(dtype=np.int64) for value in values]] + [[0] * len(values)] * (size - 1))
-        first = int(documents.min())
-        providers = store.provider_numbers.read(first, int(documents.max()) + 1)[documents - first] + 1
-        size = len(store.providers) + 1
-        return np.stack([np.bincount(providers, value, size).astype(np.int64) for value in values], axis=1)
+    def _by_provider(self, providers: np.ndarray, *values: np.ndarray) -> np.ndarray:
+        size = 1 + len(self.packing.store.providers or ())
+        return np.stack([np.bincount(providers + 1, value, size).astype(np.int64) for value in values], axis=1)

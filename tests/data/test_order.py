@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -100,7 +101,7 @@ def test_only_what_was_left_of_a_window_group_is_passed_over_and_only_if_rows_ch
     assert third.begins == tuple(second.numbers_at(second.stop_row))
     for stretch in (second, fourth):
         for rows, left in zip(stretch.sources, stretch.left_over, strict=True):
-            windows = rows.packing.windows.read(0, rows.packing.num_windows)["tokens"]
+            windows = rows.packing.totals.read(0, len(rows.packing.totals))["tokens"]
             assert left < windows.max() * shuffling._MAX_WINDOWS_IN_GROUP
 
 
@@ -189,6 +190,29 @@ def test_the_ledger_of_other_rows(folders, long):
     rows = Rows(experiment, prepare(experiment, folders))
     for position in (50, experiment.total_rows):
         assert as_counts(ledger(experiment, rows.order, position)) == brute_force(experiment, rows, range(position))
+
+
+@pytest.mark.parametrize("packing", ["concat", "best-fit"])
+def test_the_ledger_knows_the_provider_of_each_document(tmp_path, monkeypatch, packing):
+    monkeypatch.setattr(stores, "_WINDOW_TOKENS", (400, 400))
+    monkeypatch.setattr("euroflax.data.store._WINDOWS", 10)
+    experiment = declared(packing, data__tokenizer__sample_bytes=1000)
+    texts = [{"id": f"d{i}", "text": f"document {i} " * (i % 13 + 1), "by": f"p{i % 3}"} for i in range(150)]
+    for text in texts[::5]:
+        del text["by"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    first, *others = experiment.data.sources
+    first = dataclasses.replace(first, path="a.jsonl", provider_field="by", provider="p1")
+    data = dataclasses.replace(experiment.data, sources=(first, *others))
+    experiment = dataclasses.replace(experiment, data=data)
+    prepared = prepare(experiment, Folders(cache_dir=tmp_path / "c", runs_dir=tmp_path, data_root=tmp_path))
+    assert prepared.train[0][1].manifest["windows"] > 5
+    rows = Rows(experiment, prepared)
+    for position in (7, 100, experiment.total_rows):
+        entries = ledger(experiment, rows.order, position)
+        assert as_counts(entries) == brute_force(experiment, rows, range(position))
+    assert {e.provider for e in entries if e.source == first.name} == {"p0", "p1", "p2"}
+    assert sum(e.rows is not None for e in entries) == 3
 
 
 def test_epochs_are_the_share_of_a_pass_that_was_read(run):

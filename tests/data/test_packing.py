@@ -14,7 +14,8 @@ PACKINGS = [(packing, long) for packing in ("concat", "best-fit") for long in ("
 
 def make_store(path, lengths):
     writer = StoreWriter(path, 60_000)
-    rows = [{"id": f"d{i}", "bytes": 7 * n, "provider": None, "licence": None} for i, n in enumerate(lengths)]
+    names = (None, "a", "b")
+    rows = [{"id": f"d{i}", "bytes": 7 * n, "provider": names[i % 3], "licence": None} for i, n in enumerate(lengths)]
     writer.append(np.arange(1, sum(lengths) + 1), rows, np.array(lengths))
     writer.finish({})
     return open_store(path)
@@ -77,6 +78,7 @@ def test_best_fit_keeps_documents_whole_where_they_fit(store):
 
 def test_best_fit_fills_the_fullest_row_that_has_room():
     assert best_fit(np.array([3, 6, 4, 5]), 9).tolist() == [0, 0, 1, 1]
+    assert best_fit(np.array([7, 5, 3]), 10).tolist() == [0, 1, 0]
     counts = np.random.default_rng(0).integers(1, 100, 3000)
     rows = best_fit(counts, 100)
     filled = np.bincount(rows, counts)
@@ -105,18 +107,34 @@ def test_every_token_is_in_one_row_once_and_no_other_is(large, packing, long, le
     assert sorted(seen) == kept and made.num_tokens == len(kept)
 
 
+@pytest.mark.parametrize("packing", ["concat", "best-fit"])
+def test_a_document_that_is_cut_learns_the_token_after_the_cut_and_has_no_end(tmp_path, packing):
+    store = make_store(tmp_path / "s", [25, 3])
+    for long, tokens in (("cut", 13), ("continue", 28)):
+        made = packed(store, 10, packing, long)
+        found = [row(made, index, 10) for index in range(made.num_rows)]
+        first = next(values for values, pieces in found if pieces["start"][0] == 0)
+        assert first["targets_BL"] == list(range(2, 12)) and first["loss_weights_BL"] == [1] * 10
+        assert made.num_tokens == tokens
+        assert sum(pieces["ends"].sum() for _, pieces in found) == (1 if long == "cut" else 2)
+
+
 @pytest.mark.parametrize(("packing", "long"), PACKINGS)
 def test_windows_sum_to_what_their_rows_hold(large, packing, long):
     made = packed(large, 64, packing, long)
-    windows = made.windows.read(0, made.num_windows)
-    assert made.num_windows > 5 and windows["rows"].sum() == made.num_rows
+    totals = made.totals.read(0, len(made.totals))
+    assert made.num_windows > 5 and made.first_rows[0] == 0 and made.first_rows[-1] == made.num_rows
     for window in range(made.num_windows):
-        pieces, counts = made.pieces_of(*made.first_rows[window : window + 2].tolist())
-        numbers, tokens, sizes = made.documents(window)
-        assert len(counts) == windows["rows"][window]
-        assert windows["tokens"][window] == pieces["count"].sum() == tokens.sum()
-        assert windows["bytes"][window] == pieces["bytes"].sum() == sizes.sum()
-        assert windows["documents"][window] == pieces["begins"].sum() == len(numbers)
+        pieces, _ = made.pieces_of(*made.first_rows[window : window + 2].tolist())
+        first, last = large.windows.read(window, window + 2)
+        assert set(pieces["document"].tolist()) == set(range(first, last))
+        mine = totals[totals["window"] == window]
+        assert mine["provider"].tolist() == [-1, 0, 1] and mine["documents"].sum() == last - first
+        providers = made.providers_of(pieces)
+        for total in mine:
+            among = pieces[providers == total["provider"]]
+            assert total["tokens"] == among["count"].sum() and total["bytes"] == among["bytes"].sum()
+            assert total["documents"] == among["begins"].sum()
     if long == "continue":
         assert (made.num_bytes, made.manifest["documents"]) == (large.num_bytes, large.num_documents)
 

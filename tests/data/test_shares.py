@@ -97,6 +97,17 @@ def test_more_epochs_than_the_cap_are_refused_with_what_fits():
     assert row_weights(span(languages="uniform", max_epochs=25), SOURCES, SIZES, 100, [0.0] * 4)
 
 
+def test_a_cap_holds_for_what_was_read_before_too():
+    # A third of the bytes in 100 rows: Maltese 16.67 epochs, Irish 25, English 1.11.
+    for cap, read, fits in ((25.0, 0.0, True), (24.0, 0.0, True), (23.5, 0.0, False), (26.0, 3.0, False)):
+        asked = (span(languages="uniform", max_epochs=cap), SOURCES, SIZES, 100, [0.0, 0.0, 0.0, read])
+        if fits:  # one row of grace, since draws are rounded to rows
+            assert row_weights(*asked)
+        else:
+            with pytest.raises(ExperimentError, match="source ga-1 would be read"):
+                row_weights(*asked)
+
+
 def test_row_weights_undo_what_a_row_holds_of_each_source():
     weights = row_weights(span(languages="uniform"), SOURCES, SIZES, 10, [0.0] * 4)
     assert sum(weights) == DENOMINATOR
