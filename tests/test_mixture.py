@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -13,10 +15,11 @@ from euroflax.data import arrays, packings
 from euroflax.data.prepare import prepare
 from euroflax.experiment import ExperimentError, Interrupted, Mixture, Stage, load, validate
 from euroflax.folders import Folders
+from euroflax.languages import EU24
 from euroflax.run import main
 from euroflax.training.record import read_manifest
 from euroflax.training.stop import Stop
-from tests.conftest import TINY, run, small, write_experiment
+from tests.conftest import ROOT, TINY, run, small, user_environment, write_experiment
 from tests.training.test_loop import StopAfter, deterministic
 
 STAGES = (
@@ -407,3 +410,40 @@ def test_a_packing_is_made_once_for_all_runs_that_need_it(folders, monkeypatch):
 def test_the_default_experiment_says_where_its_rows_are_padded(cache, tmp_path):
     done = run(TINY, "prepare", "--cache-dir", cache, "--runs-dir", tmp_path)
     assert re.search(r"rows        \d+ of 128 tokens \(concat\), [\d.]+% padding", done.stdout), done.stderr
+
+
+OPEN = """
+import pathlib, resource, sys
+from euroflax.data.loader import Rows
+from euroflax.data.prepare import prepare
+from euroflax.experiment import load
+from euroflax.folders import Folders
+from euroflax.languages import EU24
+
+if __name__ == "__main__":
+    declared = load(sys.argv[1])
+    prepared = prepare(declared, Folders(cache_dir=pathlib.Path(sys.argv[2]), runs_dir=pathlib.Path(sys.argv[2])))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    row = Rows(declared, prepared).row(3_000_000_000)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(row.source.name, row.epoch, len(row.texts), (after - before) // 1024)
+"""
+
+
+def test_318_sources_open_at_row_three_thousand_million_in_little_memory(cache, tmp_path):
+    originals = small(languages=EU24).data.sources
+    sources = tuple(dataclasses.replace(originals[i % 24], name=f"part-{i}") for i in range(318))
+    weights = {source.name: 4e-6 if i < 300 else (1 - 300 * 4e-6) / 18 for i, source in enumerate(sources)}
+    declared = small(
+        data__sources=sources,
+        data__mixture=Mixture(weights=weights, unit="tokens"),
+        training__tokens=3_500_000_000 * 64,
+    )
+    path = write_experiment(tmp_path / "x.py", declared)
+    (tmp_path / "open.py").write_text(OPEN)
+    command = [sys.executable, tmp_path / "open.py", path, cache]
+    environment = user_environment() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    source, epoch, texts, megabytes = done.stdout.split()
+    assert source.startswith("part-") and int(epoch) > 10**6 and int(texts) > 0 and int(megabytes) < 200
