@@ -9,12 +9,13 @@ import sys
 
 import pytest
 
-from euroflax import verbs
+from euroflax import report, verbs
 from euroflax.console import SilentDisplay
 from euroflax.data import arrays, packings
 from euroflax.data.prepare import prepare
 from euroflax.experiment import ExperimentError, Interrupted, Mixture, Stage, load, validate
 from euroflax.folders import Folders
+from euroflax.generation import Sampling
 from euroflax.languages import EU24
 from euroflax.run import main
 from euroflax.training.record import read_manifest
@@ -29,7 +30,17 @@ STAGES = (
 
 
 def staged(**changes):
-    return small(**{"stages": STAGES, "training__tokens": 3500, "mesh__data": 4, "mesh__tensor": 2} | changes)
+    weights = {"sample-el": 0.5, "sample-en": 0.3, "sample-mt": 0.2}
+    return small(
+        **{
+            "data__mixture": Mixture(weights=weights),
+            "stages": STAGES,
+            "training__tokens": 3500,
+            "mesh__data": 4,
+            "mesh__tensor": 2,
+        }
+        | changes
+    )
 
 
 # What a mixture may not be.
@@ -189,9 +200,38 @@ def test_plan_and_check_show_natural_frequency_shares_and_epochs_in_one_table(fo
     assert planned["tokens"] == load(path).total_tokens
 
 
-def test_show_prints_a_row_and_the_ledger(folders, capsys):
+@pytest.fixture(scope="module")
+def trained_in_stages(cache, tmp_path_factory):
+    root = tmp_path_factory.mktemp("staged")
+    folders = Folders(cache_dir=cache, runs_dir=root / "runs", data_root=root)
     declared = staged(data__packing="best-fit")
     verbs.train(declared, folders)
+    return declared, folders
+
+
+def test_the_context_of_a_model_is_its_longest_row(trained_in_stages):
+    declared, folders = trained_in_stages
+    exported = verbs.export(declared, folders)
+    assert json.loads((exported / "config.json").read_text())["max_position_embeddings"] == 96
+    assert json.loads((exported / "tokenizer_config.json").read_text())["model_max_length"] == 96
+    (written,) = verbs.generate(declared, folders, ["a b " * 38], Sampling(max_new_tokens=2))
+    assert 64 < written.prompt_tokens < 94 and len(written.tokens) == 2
+
+
+def test_the_report_shows_the_shares_of_the_stage_that_was_reached_and_the_ledger(trained_in_stages):
+    declared, folders = trained_in_stages
+    manifest = read_manifest(folders.run_dir(declared.name))
+    mixture = report._mixture(manifest)
+    assert [row["asked"] for row in mixture] == pytest.approx([1 / 3] * 3)
+    assert sum(row["tokens"] for row in mixture) == sum(e["tokens"] for e in manifest["ledger"]["entries"])
+    early = manifest | {"ledger": manifest["ledger"] | {"position": 3}}
+    assert [row["asked"] for row in report._mixture(early)] != pytest.approx([1 / 3] * 3)
+    page = report.write(folders.run_dir(declared.name)).read_text()
+    assert "asked in the stage that the run has reached" in page and "Read by language and provider" in page
+
+
+def test_show_prints_a_row_and_the_ledger(trained_in_stages, capsys):
+    declared, folders = trained_in_stages
     path = write_experiment(folders.data_root / f"{declared.name}.py", declared)
     common = ["--cache-dir", str(folders.cache_dir), "--runs-dir", str(folders.runs_dir), "--devices", "cpu:8"]
     placed = verbs.show(declared, folders, 17)
@@ -418,6 +458,7 @@ from euroflax.data.loader import Rows
 from euroflax.data.prepare import prepare
 from euroflax.experiment import load
 from euroflax.folders import Folders
+from euroflax.generation import Sampling
 from euroflax.languages import EU24
 
 if __name__ == "__main__":
