@@ -69,9 +69,7 @@ def _compiled_step(config: Model, chunk_tokens: int, num_languages: int) -> Call
 
 def _documents(declared: Experiment, prepared: Prepared, source: Source, store: Store) -> list[int]:
     """The numbers of the documents that are read of a source: its first ones that are not withdrawn."""
-    left_out = prepared.left_out.get(source.name, frozenset())
-    numbers = (number for number in range(store.num_documents) if number not in left_out)
-    return list(itertools.islice(numbers, declared.evaluation.max_documents))
+    return list(itertools.islice(prepared.held_out(source, store), declared.evaluation.max_documents))
 
 
 def _bytes_by_language(declared: Experiment, prepared: Prepared) -> np.ndarray:

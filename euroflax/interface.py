@@ -70,15 +70,23 @@ def check(
     return verbs.check(experiment, _folders(runs_dir, data_root, cache_dir))
 
 
-def prepare(experiment: Experiment, *, data_root: Path | None = None, cache_dir: Path | None = None) -> Prepared:
-    """The tokenizer and the token stores, made where they are missing; the verb `prepare`.
+def prepare(
+    experiment: Experiment,
+    runs_dir: Path | None = None,
+    *,
+    data_root: Path | None = None,
+    cache_dir: Path | None = None,
+) -> Prepared:
+    """The tokenizer, the token stores and their rows, made where they are missing; the verb `prepare`.
+
+    A run folder tells which documents the rows of the run were without.
 
     Raises:
         ExperimentError: the data is at fault.
     """
     display = ConsoleDisplay(Console())
     try:
-        return verbs.prepare(experiment, _folders(None, data_root, cache_dir), display)
+        return verbs.prepare(experiment, _folders(runs_dir, data_root, cache_dir), display)
     finally:
         display.close()
 
@@ -87,6 +95,7 @@ def plan(
     experiment: Experiment,
     num_devices: int | None = None,
     *,
+    runs_dir: Path | None = None,
     data_root: Path | None = None,
     cache_dir: Path | None = None,
 ) -> Plan:
@@ -95,7 +104,7 @@ def plan(
     Raises:
         ExperimentError: the mesh does not make up the devices.
     """
-    return verbs.plan(experiment, _folders(None, data_root, cache_dir), num_devices)
+    return verbs.plan(experiment, _folders(runs_dir, data_root, cache_dir), num_devices)
 
 
 def evaluate(

@@ -222,10 +222,11 @@ def lines(plan: Plan) -> list[str]:
         spread = f"{100 * top[0]:.2f}% each"
     else:
         spread = f"{100 * top[0]:.2f}% ({top[1]}) to {100 * least[0]:.3g}% ({least[1]})"
+    first = " of the first stage" if len(plan.stages) > 1 else ""
     stages = f" in {len(plan.stages)} stages" if len(plan.stages) > 1 else ""
     return [
         f"parameters  {plan.parameters:,}",
-        f"tokens      {plan.tokens:,} in {plan.steps:,} steps, {plan.flops_per_step:.3g} FLOPs a step",
+        f"tokens      {plan.tokens:,} in {plan.steps:,} steps, {plan.flops_per_step:.3g} FLOPs a step{first}",
         f"mixture     {len(table)} sources in {languages} languages{stages}, {spread}{read}",
         f"memory      {size(memory['total'])} a device: parameters {size(memory['parameters'])}, optimizer "
         f"{size(memory['optimizer'])}, gradients {size(memory['gradients'])}, temporaries about "

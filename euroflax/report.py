@@ -71,7 +71,8 @@ def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: 
         "median_speed": statistics.median(speed for _, speed in speeds) if speeds else None,
         "languages": _languages(declared, steps, evaluations),
         "mixture": _mixture(manifest),
-        "unit": manifest["mixture"]["resolved"][-1]["unit"],
+        "unit": _reached(manifest)["unit"],
+        "withdrawn": _withdrawn(manifest),
         "providers": _by(manifest, "provider"),
         "read_languages": _by(manifest, "language"),
         "seconds": _seconds(manifest),
@@ -122,8 +123,7 @@ def _languages(declared: Experiment, steps: list[dict], evaluations: list[dict])
 
 def _mixture(manifest: dict) -> list[dict]:
     """Each source with its share as asked by the last stage that began, and what the ledger says was read of it."""
-    position, entries = manifest["ledger"]["position"], manifest["ledger"]["entries"]
-    resolved = [stretch for stretch in manifest["mixture"]["resolved"] if stretch["first_row"] <= position][-1]
+    entries, resolved = manifest["ledger"]["entries"], _reached(manifest)
     unit = resolved["unit"]
     total = sum(entry[unit] for entry in entries)
     found = []
@@ -135,6 +135,23 @@ def _mixture(manifest: dict) -> list[dict]:
         share = read[unit] / total if total else None
         asked = resolved["shares"][source["name"]]
         found.append({"source": source, "asked": asked, "read": share, "epochs": mine[0]["epochs"], **read})
+    return found
+
+
+def _reached(manifest: dict) -> dict:
+    """The part of the resolved mixture in which the run is."""
+    position = manifest["ledger"]["position"]
+    return [stretch for stretch in manifest["mixture"]["resolved"] if stretch["first_row"] <= position][-1]
+
+
+def _withdrawn(manifest: dict) -> list[str]:
+    """What was left out, from where on."""
+    found = []
+    for entry in manifest["withdrawn"]:
+        listed = {name: count for name, count in entry["listed"].items() if count}
+        if listed:
+            count, names = sum(listed.values()), ", ".join(listed)
+            found.append(f"{count:,} listed documents of {names} from row {entry['position']:,} on")
     return found
 
 

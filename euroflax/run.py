@@ -3,6 +3,7 @@
 import argparse
 import errno
 import json
+import os
 import pathlib
 import shlex
 import signal
@@ -61,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
         for fault in error.faults:
             print(f"error: {_with_command(error, fault, options)}", file=sys.stderr)
         return error.exit_status
+    except BrokenPipeError:  # who reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return RunFailed.exit_status
     except OSError as error:
         _debug(options)
         print(
@@ -80,7 +84,7 @@ def _with_command(error: ExperimentError, fault: str, options: argparse.Namespac
     if part is None or options.process_count == 1:
         return fault
     given = [f"--set={text}" for text in options.set]
-    for name in ("data_root", "cache_dir"):
+    for name in ("data_root", "cache_dir", "runs_dir"):
         if (path := getattr(options, name)) is not None:
             given += [f"--{name.replace('_', '-')}", str(path)]
     command = shlex.join(["python", "-m", "euroflax.run", str(options.experiment), "prepare", *given])
@@ -160,6 +164,8 @@ def _check_flags(options: argparse.Namespace) -> None:
             raise ExperimentError(f"{flag} is not for {options.verb}; it goes with {', '.join(verbs)}")
     if options.verb == "show" and (options.row is None) == (options.ledger is None):
         raise ExperimentError("show needs one of --row I and --ledger")
+    if options.rows is not None and options.rows < 1:
+        raise ExperimentError(f"--rows {options.rows} is no number of rows; use 1 or more")
     if options.position is not None and options.ledger is None:
         raise ExperimentError("--position goes with --ledger")
     if options.verb == "generate" and not options.prompt:

@@ -35,7 +35,8 @@ def mixture(stages: list[dict]) -> Table:
     first = stages[0]
     unit = first["unit"]
     many = len(stages) > 1
-    columns = [unit, "natural", *("share" if not many else f"share {stage['stage']}" for stage in stages)]
+    of = {s["stage"]: "" if s["unit"] == unit else f" of {s['unit']}" for s in stages}
+    columns = [unit, "natural", *("share" if not many else f"share {n}{other}" for n, other in of.items())]
     rows = [*("rows" if not many else f"rows {stage['stage']}" for stage in stages), "epochs"]
     table = _table(f"mixture, shares of {unit}", ["source", "language", "size"], [*columns, *rows])
     for i, source in enumerate(first["sources"]):

@@ -16,6 +16,7 @@ from euroflax.data import prepare as preparation
 from euroflax.data import tokenizer as tokens
 from euroflax.data.ledger import Entry, ledger
 from euroflax.data.loader import PlacedRow, Rows
+from euroflax.data.packings import recipe
 from euroflax.data.prepare import Prepared
 from euroflax.data.store import NotPrepared
 from euroflax.data.tokenizer import Tokenizer
@@ -133,7 +134,7 @@ def plan(declared: Experiment, folders: Folders, num_devices: int | None = None)
         num_devices = functools.reduce(lambda product, size: product * max(size, 1), sizes, 1)
     try:
         prepared = preparation.open_prepared(declared, folders)
-    except ExperimentError:
+    except NotPrepared:
         return planning.make_plan(declared, num_devices)
     return planning.make_plan(declared, num_devices, Rows(declared, prepared).order)
 
@@ -175,12 +176,11 @@ def about_rows(declared: Experiment, prepared: Prepared) -> list[str]:
     lines = []
     for length in dict.fromkeys(span.sequence_length for span in declared.spans):
         packed = [
-            packing
-            for (_, how), packing in prepared.packings.items()
-            if how.sequence_length == length and not how.withdrawn
-        ] or [packing for (_, how), packing in prepared.packings.items() if how.sequence_length == length]
+            prepared.packings[source.name, recipe(declared, source, length, prepared.withdrawn)]
+            for source, _ in prepared.train
+        ]
         rows, tokens = sum(p.num_rows for p in packed), sum(p.num_tokens for p in packed)
-        cut = sum(p.store.num_tokens for p in packed) - tokens if declared.data.long_documents == "cut" else 0
+        cut = sum(p.manifest["cut_tokens"] for p in packed)
         more = f", {cut:,} tokens cut off long documents" if cut else ""
         lines.append(
             f"rows        {rows:,} of {length:,} tokens ({declared.data.packing}), "
@@ -227,7 +227,7 @@ def show_ledger(declared: Experiment, folders: Folders, position: int | None = N
     prepared = preparation.open_prepared(declared, folders)
     manifest = read_json(folders.run_dir(declared.name) / "manifest.json") or {}
     if position is None:
-        position = manifest.get("ledger", {}).get("position") or declared.total_rows
+        position = int(manifest.get("ledger", {}).get("position", declared.total_rows))
     if not 0 <= position <= declared.total_rows:
         raise ExperimentError(f"position={position} is not in the run; use 0 to {declared.total_rows}")
     skipped = [(start, stop) for start, stop in manifest.get("skipped_ranges", [])]

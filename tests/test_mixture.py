@@ -13,12 +13,12 @@ from euroflax import report, verbs
 from euroflax.console import SilentDisplay
 from euroflax.data import arrays, packings
 from euroflax.data.prepare import prepare
-from euroflax.experiment import ExperimentError, Interrupted, Mixture, Stage, load, validate
+from euroflax.experiment import ExperimentError, Interrupted, Mixture, Stage, load, override, validate
 from euroflax.folders import Folders
 from euroflax.generation import Sampling
 from euroflax.languages import EU24
 from euroflax.run import main
-from euroflax.training.record import read_manifest
+from euroflax.training.record import read_manifest, read_samples
 from euroflax.training.stop import Stop
 from tests.conftest import ROOT, TINY, run, small, user_environment, write_experiment
 from tests.training.test_loop import StopAfter, deterministic
@@ -71,14 +71,15 @@ def staged(**changes):
         ),
         (
             {"languages": "temperature"},
-            "data.mixture.alpha=None is not an exponent for temperature; use for example 0.3",
+            "data.mixture.alpha=None is not an exponent for temperature, 0 to 10; use for example 0.3",
         ),
+        ({"languages": "temperature", "alpha": 500.0}, "data.mixture.alpha=500.0 is not an exponent for temperature"),
         ({"alpha": 0.5}, "data.mixture.alpha=0.5 is used by temperature alone; leave it out"),
         ({"languages": "unimax"}, "data.mixture.max_epochs=None leaves unimax without a cap; use for example 4"),
         ({"max_epochs": 0.0}, "data.mixture.max_epochs=0.0 is not a positive number"),
         (
             {"language_floor": 0.4},
-            "data.mixture.language_floor=0.4 times 3 languages is not within 0 and 1; use 0.3333",
+            "data.mixture.language_floor=0.4 times 3 languages is not within 0 and 1; use 0.333333",
         ),
         (
             {"weights": {"sample-el": 0.5, "sample-en": 0.3, "sample-mt": 0.2}, "languages": "uniform"},
@@ -123,6 +124,11 @@ def test_weights_may_miss_one_by_a_millionth(slack):
             [Stage(from_tokens=900, batch_tokens=100)],
             "stages[0].batch_tokens=100 is not a multiple of data.sequence_leng",
         ),
+        (
+            [Stage(from_tokens=900, batch_tokens=1024), Stage(from_tokens=930, batch_tokens=512)],
+            "stages[0] has no row of 64 tokens: stages begin at whole rows; begin the one after it later",
+        ),
+        ([Stage(from_tokens=3070, batch_tokens=64)], "stages[0] has no row of 64 tokens"),
         ([Stage(from_tokens=900, sequence_length=1)], "stages[0].sequence_length=1 is less than 2"),
     ],
 )
@@ -258,6 +264,7 @@ def test_show_prints_a_row_and_the_ledger(trained_in_stages, capsys):
         (["show", "--row", "1", "--ledger"], "show needs one of --row I and --ledger"),
         (["show", "--row", "99999"], f"row=99999 is not in the run; use 0 to {declared.total_rows - 1}"),
         (["show", "--ledger", "--position", "-1"], f"position=-1 is not in the run; use 0 to {declared.total_rows}"),
+        (["bench", "--rows", "0"], "--rows 0 is no number of rows; use 1 or more"),
         (["show", "--row", "1", "--position", "1"], "--position goes with --ledger"),
         (["plan", "--row", "1"], "--row is not for plan; it goes with show"),
     ):
@@ -343,6 +350,33 @@ def test_documents_that_are_withdrawn_during_a_run_are_left_out_from_its_positio
     assert verbs.evaluate(declared, folders)["step"] == 8
 
 
+def test_a_list_for_text_that_is_evaluated_on_is_refused():
+    sources = tuple(dataclasses.replace(s, block_list="ids") for s in small().evaluation.sources)
+    fault = next(f for f in validate(small(evaluation__sources=sources)) if "block_list" in f)
+    assert fault.startswith("evaluation.sources[0].block_list=ids is for text that is trained on; take the documents")
+
+
+def test_plan_says_what_is_wrong_with_data_and_takes_declared_sizes_only_where_there_is_none(folders):
+    sources = tuple(dataclasses.replace(source, block_list="gone") for source in small().data.sources)
+    prepare(small(), folders)
+    with pytest.raises(ExperimentError, match="block_list=gone cannot be read"):
+        verbs.plan(small(data__sources=sources), folders)
+    missing = tuple(dataclasses.replace(s, path="gone.jsonl", expected_tokens=6400) for s in small().data.sources)
+    made = verbs.plan(small(data__sources=missing, data__mixture=Mixture()), folders)
+    assert {entry["size"] for entry in made.ledger} == {"declared"} and made.ledger[0]["documents"] is None
+    assert [row["epochs"] for row in made.stages[0]["sources"]] == pytest.approx([0.16] * 3)
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(folders):
+    (folders.data_root / "ids").write_bytes("\ufeffmarket\r\nfire \n\n".encode())
+    sources = tuple(dataclasses.replace(source, block_list="ids") for source in small().data.sources)
+    prepared = prepare(small(data__sources=sources), folders)
+    assert prepared.withdrawn["sample-el"] == ("fire", "market") and prepared.unknown_ids["sample-el"] == []
+    assert verbs.about_rows(small(data__sources=sources), prepared)[0].startswith("rows        ")
+    rows = int(verbs.about_rows(small(data__sources=sources), prepared)[0].split()[1])
+    assert rows < int(verbs.about_rows(small(), prepare(small(), folders))[0].split()[1])
+
+
 def test_a_list_that_cannot_be_read_or_takes_all_is_refused(folders):
     sources = tuple(dataclasses.replace(source, block_list="ids") for source in small().data.sources)
     declared = small(data__sources=sources)
@@ -370,8 +404,63 @@ def test_a_held_out_document_that_is_withdrawn_is_not_evaluated_on(folders):
     assert after.left_out["sample-el"] == {0} and after.unknown_ids["sample-el"] == ["other"]
     from euroflax.evaluation import _documents
 
+    sampled = override(declared, {"evaluation.sample_tokens": 4})
+    done = verbs.train(sampled, folders)
+    assert held_out not in (done.path / "samples.json").read_text()
+    assert held_out not in [d["document"] for d in read_samples(done.path)["samples"]]
     assert 0 in _documents(declared, before, *before.evaluation[0])
     assert 0 not in _documents(declared, after, *after.evaluation[0])
+
+
+def test_a_list_that_changes_under_unimax_leaves_the_rows_before_it_as_they_were(folders):
+    (folders.data_root / "ids").write_text("")
+    sources = tuple(
+        dataclasses.replace(source, block_list="ids") if source.language == "el" else source
+        for source in small().data.sources
+    )
+    mixture = Mixture(languages="unimax", max_epochs=0.8)
+    declared = small(training__tokens=4096, data__sources=sources, data__mixture=mixture, checkpoint__every_steps=100)
+    stop = Stop()
+    with pytest.raises(Interrupted):
+        verbs.train(declared, folders, StopAfter(stop, step=2), stop)
+    (folders.data_root / "ids").write_text("market\n")
+    fits = small(
+        training__tokens=4096,
+        data__sources=sources,
+        data__mixture=dataclasses.replace(mixture, max_epochs=3),
+    )
+    with pytest.raises(ExperimentError, match=r"the mixture of stage 0 has other weights"):
+        verbs.train(fits, folders)  # another cap changes what unimax has drawn
+    with pytest.raises(ExperimentError, match=r"max_epochs=0.8 cannot be met: it leaves \d+ rows"):
+        verbs.train(declared, folders)  # what was left of the window counts as read
+    roomy = small(
+        training__tokens=148 * 64,
+        data__sources=sources,
+        data__mixture=dataclasses.replace(mixture, max_epochs=2),
+        checkpoint__every_steps=100,
+    )
+    spacious = dataclasses.replace(folders, runs_dir=folders.runs_dir / "roomy")
+    (folders.data_root / "ids").write_text("")
+    stop = Stop()
+    with pytest.raises(Interrupted):
+        verbs.train(roomy, spacious, StopAfter(stop, step=2), stop)
+    before = read_manifest(spacious.run_dir(roomy.name))["mixture"]["resolved"]
+    (folders.data_root / "ids").write_text("market\n")
+    done = verbs.train(roomy, spacious)
+    after = read_manifest(done.path)["mixture"]["resolved"]
+    assert len(after) == 2 and after[0]["weights"] == before[0]["weights"] != after[1]["weights"]
+    assert done.metrics[-1]["step"] == 19
+    shorter = small(training__tokens=4096, data__sources=sources, data__mixture=Mixture(max_epochs=0.8))
+    apart = dataclasses.replace(folders, runs_dir=folders.runs_dir / "natural")
+    (folders.data_root / "ids").write_text("")
+    stop = Stop()
+    with pytest.raises(Interrupted):
+        verbs.train(shorter, apart, StopAfter(stop, step=2), stop)
+    (folders.data_root / "ids").write_text("market\n")
+    with pytest.raises(ExperimentError, match=r"max_epochs=0\.8: source sample-el would be read"):
+        verbs.train(shorter, apart)
+    raised = dataclasses.replace(shorter.data, mixture=Mixture(max_epochs=2.0))
+    assert verbs.train(dataclasses.replace(shorter, data=raised), apart).metrics[-1]["step"] == 8
 
 
 def test_more_tokens_that_would_change_the_past_of_the_mixture_are_refused(folders):

@@ -3,6 +3,7 @@
 Nothing is mapped into memory, so a file that is cut short under a running job is an error and not a crash.
 """
 
+import errno
 import functools
 import os
 import pathlib
@@ -12,7 +13,7 @@ import zlib
 
 import numpy as np
 
-from euroflax.experiment import ExperimentError
+from euroflax.experiment import ExperimentError, Interrupted
 
 _CHUNK_BYTES = 8192
 
@@ -46,6 +47,7 @@ class FileArray:
 
         Raises:
             ExperimentError: the file has vanished, was cut short or does not fit its checksums.
+            Interrupted: the system cannot read it now.
         """
         assert 0 <= start <= stop <= self._length
         if start == stop:
@@ -79,8 +81,13 @@ class FileArray:
                 if not more:
                     raise self._harmed("was cut short")
                 content = content + more if content else more
+        except FileNotFoundError as error:
+            raise self._harmed("has vanished") from error
         except OSError as error:
-            raise self._harmed(f"cannot be read ({error.strerror})") from error
+            fix = "raise the limit (ulimit -n)" if error.errno == errno.EMFILE else "see to the disk"
+            raise Interrupted(
+                f"{self.path} cannot be read ({error.strerror}); {fix} and run the same command"
+            ) from error
         return memoryview(content)
 
     def _harmed(self, what: str) -> ExperimentError:

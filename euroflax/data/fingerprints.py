@@ -39,6 +39,8 @@ def digests(experiment: Experiment, folders: Folders, progress: Progress | None)
         try:
             files = documents.find_files(source, folders.data_root)
         except ExperimentError:
+            if not known and progress is None:
+                raise NotPrepared(f"source {source.name}")
             if not known:
                 raise
             files = None  # prepared earlier, on a machine that had the text

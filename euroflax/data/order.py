@@ -38,8 +38,18 @@ class Stretch:
         """Which source each row is of."""
         return Schedule(self.weights)
 
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """The row of each source that comes next at the end of the stretch."""
+        numbers = self._numbers_at(self.stop_row)
+        self.schedule.forget()
+        return numbers
+
     def numbers_at(self, position: int) -> list[int]:
         """The row of each source that comes next at a position of the run within the stretch, or at its end."""
+        return self.ends if position >= self.stop_row else self._numbers_at(position)
+
+    def _numbers_at(self, position: int) -> list[int]:
         drawn = self.schedule.drawn(position - self.first_row)
         return [begin + int(count) for begin, count in zip(self.begins, drawn, strict=True)]
 
@@ -87,15 +97,14 @@ class Order:
         begins, left_over = [0] * len(sources), [0] * len(sources)
         if earlier:
             last = earlier[-1]
-            pairs = zip(last.sources, sources, last.numbers_at(last.stop_row), strict=True)
+            pairs = zip(last.sources, sources, last.ends, strict=True)
             begins, left_over = (list(values) for values in zip(*(_go_on(*pair) for pair in pairs), strict=True))
         sizes = [Size.of(rows.packing) for rows in sources]
-        read = [0.0] * len(sources)
-        for stretch in earlier:
-            ends = stretch.numbers_at(stretch.stop_row)
-            for i, (begin, end, rows) in enumerate(zip(stretch.begins, ends, stretch.sources, strict=True)):
-                read[i] += (end - begin) / rows.packing.num_rows
-        asked = (span, self._declared.data.sources, sizes, stop_row - first_row, read)
+        read = [begin / rows.packing.num_rows for begin, rows in zip(begins, sources, strict=True)]
+        rows_of_stage = (
+            span.stop_row - first_row
+        )  # also beyond a block list that is not known yet when the rows are read
+        asked = (span, self._declared.data.sources, sizes, rows_of_stage, read)
         shares, weights = tuple(declared_shares(*asked)), row_weights(*asked)
         return Stretch(span, first_row, stop_row, weights, shares, sources, tuple(begins), tuple(left_over))
 

@@ -21,7 +21,7 @@ from euroflax.data.store import Store
 from euroflax.experiment import ExperimentError, fingerprint
 from euroflax.folders import replace_json
 
-_FORMAT = 2
+_FORMAT = 3
 PIECE = np.dtype(
     [
         ("document", "<i8"),  # its number in the store
@@ -163,9 +163,11 @@ def make_packing(path: pathlib.Path, store: Store, recipe: Recipe, advance: Call
         arrays = {name: ArrayWriter(path / name, dtype) for name, dtype in types.items()}
         for array in arrays.values():
             stack.callback(array.close)
-        num_rows = 0
+        num_rows = cut_tokens = 0
         for window in range(store.manifest["windows"]):
-            pieces, rows = pack(*_documents(store, window, withdrawn), recipe)
+            documents = _documents(store, window, withdrawn)
+            pieces, rows = pack(*documents, recipe)
+            cut_tokens += int(documents[2].sum() - pieces["count"].sum())
             order = np.lexsort((pieces["start"], rows))
             pieces, rows = pieces[order], rows[order]
             firsts = np.flatnonzero(np.diff(rows, prepend=-1))
@@ -180,7 +182,11 @@ def make_packing(path: pathlib.Path, store: Store, recipe: Recipe, advance: Call
             advance(sums["tokens"])
         arrays["first_rows"].append(np.array([num_rows]))
         arrays["first_pieces"].append(np.array([arrays["pieces"].length]))
-    facts = sums | {"rows": num_rows} | {name: arrays[name].length for name in ("pieces", "totals")}
+    facts = (
+        sums
+        | {"rows": num_rows, "cut_tokens": cut_tokens}
+        | {name: arrays[name].length for name in ("pieces", "totals")}
+    )
     asked = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "withdrawn"}
     left_out = {"withdrawn": withdrawn.tolist(), "unknown": unknown}
     replace_json(path / "manifest.json", {"format": _FORMAT, **asked, **facts, **left_out})

@@ -44,6 +44,11 @@ class Prepared:
     unknown_ids: dict[str, list[str]]
     """Ids of the block lists as they are now that no document has, by source."""
 
+    def held_out(self, source: Source, store: Store) -> Iterator[int]:
+        """The numbers of the documents of a source that is evaluated on, but for those that are withdrawn."""
+        left_out = self.left_out.get(source.name, frozenset())
+        return (number for number in range(store.num_documents) if number not in left_out)
+
     def withdrawals(self, position: int | None = None) -> tuple[Withdrawal, ...]:
         """What the run leaves out, and from where: if it goes on at a position now, or as it stands on record."""
         if position is None and self.history:
@@ -116,7 +121,7 @@ def open_prepared(experiment: Experiment, folders: Folders) -> Prepared:
     """
     found = digests(experiment, folders, None)
     path = _tokenizer_path(experiment, folders, found)
-    if not path.is_file() and experiment.tokenizer_path is None:
+    if not path.is_file():
         raise NotPrepared("data.tokenizer")
     known = _checked_tokenizer(experiment, path)
     train, evaluation = _open_stores(experiment, folders, known, found)

@@ -57,6 +57,10 @@ class Schedule:
             counts = counts + np.bincount(self._block(block)[0][:offset], minlength=len(counts))
         return counts
 
+    def forget(self) -> None:
+        """Lets go of the blocks that are kept for the next places."""
+        self._block.cache_clear()
+
     def cut(self, position: int) -> np.ndarray:
         """The same at a multiple of the block's length, without drawing."""
         whole, part = np.divmod(position * self._weights, self.denominator)

@@ -62,13 +62,13 @@ def row_weights(
     wanted = [share * size.rows / amount for share, size, amount in zip(shares, sizes, amounts, strict=True)]
     total = math.fsum(wanted)
     path = mixture_path(span)
-    for source, value in zip(sources, wanted, strict=True):
-        if value / total * MAX_BLOCK < 1:
+    weights = apportion(wanted, DENOMINATOR)
+    for source, weight, value in zip(sources, weights, wanted, strict=True):
+        if weight * MAX_BLOCK < DENOMINATOR:
             raise ExperimentError(
                 f"{path}: source {source.name} has a share of {value / total:.3g} of the rows, less than one in "
                 f"{MAX_BLOCK}; give it more, join it with another source, or take it out"
             )
-    weights = apportion(wanted, DENOMINATOR)
     _check_epochs(span, sources, [weight * rows / DENOMINATOR for weight in weights], sizes, read)
     return tuple(weights)
 
@@ -155,16 +155,25 @@ def _unimax(
 
     Chung et al., "UniMax: Fairer and more effective language sampling for large-scale multilingual pretraining", 2023.
     """
-    mixture, cap = span.mixture, span.mixture.max_epochs or 0.0
-    amounts = [_amount(size, mixture) for size in sizes]
-    left, cost = dict.fromkeys(sorted(set(codes)), math.inf), dict.fromkeys(sorted(set(codes)), 0.0)
-    for code, part, size, amount, before in zip(codes, within, sizes, amounts, read, strict=True):
-        left[code] = min(left[code], max(0.0, cap - before) * amount / part)
+    cap, budget = span.mixture.max_epochs or 0.0, float(rows)
+    cost = dict.fromkeys(sorted(set(codes)), 0.0)
+    amounts = [_amount(size, span.mixture) for size in sizes]
+    for code, part, size, amount in zip(codes, within, sizes, amounts, strict=True):
         cost[code] += part * size.rows / amount
-    budget = float(rows)
-    if math.fsum(left[code] * cost[code] for code in left) < budget:
-        fits = int(math.fsum(left[code] * cost[code] for code in left))
-        needed = cap * budget / max(fits, 1)
+
+    def under(cap: float) -> dict[str, float]:
+        """The most of each language."""
+        left = dict.fromkeys(cost, math.inf)
+        for code, part, amount, before in zip(codes, within, amounts, read, strict=True):
+            left[code] = min(left[code], max(0.0, cap - before) * amount / part)
+        return left
+
+    left = under(cap)
+    fits = int(math.fsum(left[code] * cost[code] for code in left))
+    if fits < rows:
+        needed = cap
+        while math.fsum(most * cost[code] for code, most in under(needed).items()) < budget:
+            needed *= 1.01
         raise ExperimentError(
             f"{mixture_path(span)}.max_epochs={cap:g} cannot be met: it leaves {fits} rows of {span.sequence_length} "
             f"tokens and the stage reads {rows}; use max_epochs={math.ceil(needed * 10) / 10:g} or more, or "

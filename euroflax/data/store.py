@@ -15,7 +15,7 @@ import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,8 @@ from euroflax.data.arrays import ArrayWriter, FileArray
 from euroflax.experiment import ExperimentError
 from euroflax.folders import replace_json
 
-FORMAT = 2
+FORMAT = 3
+_FACTS = {"format", "dtype", "providers", "documents", "tokens", "bytes", "windows", "table_bytes"}
 _DOCUMENTS_PER_GROUP = 8192
 _DOCUMENTS_AT_ONCE = 2**20
 _WINDOWS = 64
@@ -118,12 +119,24 @@ class Store:
         first, last = self.ends.read(index - 1, index + 1) if index else (0, self.ends.read(0, 1)[0])
         return int(first), int(last)
 
+    @contextlib.contextmanager
+    def _table(self) -> Iterator[pq.ParquetFile]:
+        """The table of documents, whose pages are checked as they are read."""
+        path = self.path / "documents.parquet"
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as table:
+                yield table
+        except (pa.ArrowException, OSError) as error:
+            raise ExperimentError(
+                f"{path} cannot be read ({str(error)[:200]}); delete the folder {self.path} and prepare again"
+            ) from error
+
     def find(self, ids: Collection[str]) -> tuple[np.ndarray, list[str]]:
         """The numbers of the documents with one of these ids, in order, int64; and the ids that no document has."""
         found, seen, start = [np.zeros(0, np.int64)], set(), 0
         if ids:
             wanted = pa.array(ids, pa.string())
-            with pq.ParquetFile(self.path / "documents.parquet") as table:
+            with self._table() as table:
                 for batch in table.iter_batches(columns=["id"]):
                     among = pc.is_in(batch["id"], wanted)  # pyright: ignore[reportAttributeAccessIssue]
                     found.append(start + np.flatnonzero(among.to_numpy(zero_copy_only=False)))
@@ -133,13 +146,14 @@ class Store:
 
     def counts(self, column: str) -> dict[str, int]:
         """Documents by what a column says of them (`provider`, `licence`), most first; empty where it says nothing."""
-        values = pq.read_table(self.path / "documents.parquet", columns=[column])[column]
+        with self._table() as table:
+            values = table.read(columns=[column])[column]
         pairs = [(entry["values"], entry["counts"]) for entry in values.value_counts().to_pylist()]
         return {value: count for value, count in sorted(pairs, key=lambda pair: -pair[1]) if value is not None}
 
     def documents(self, indices: list[int]) -> list[dict]:
         """What is known of each document: id, bytes, and provider and licence where they vary."""
-        with pq.ParquetFile(self.path / "documents.parquet") as table:
+        with self._table() as table:
             starts = np.cumsum([0, *(table.metadata.row_group(g).num_rows for g in range(table.num_row_groups))])
             groups = {index: int(np.searchsorted(starts, index, "right")) - 1 for index in indices}
             read = {group: table.read_row_group(group) for group in set(groups.values())}
@@ -161,11 +175,14 @@ def open_store(path: pathlib.Path) -> Store | None:
         return None
     except ValueError:
         manifest = None
-    if not isinstance(manifest, dict) or not {"format", "documents", "tokens", "bytes"} <= manifest.keys():
+    if not isinstance(manifest, dict) or not manifest.keys() >= _FACTS:
         raise ExperimentError(f"token store {path} is not whole: its manifest is harmed; {fix}")
     if manifest["format"] != FORMAT:
         raise ExperimentError(f"token store {path} has format {manifest['format']}, not {FORMAT}; {fix}")
     store = Store(path, manifest)
+    table = path / "documents.parquet"
+    if not table.is_file() or table.stat().st_size != manifest["table_bytes"]:
+        raise ExperimentError(f"token store {path} is not whole: {table.name} does not have its size; {fix}")
     for array in (store.tokens, store.ends, store.text_bytes, store.windows, store.provider_numbers):
         array.check_size()
     return store
@@ -183,7 +200,9 @@ class StoreWriter:
         path.mkdir(parents=True)
         types = {"tokens": self._dtype, "ends": "<i8", "bytes": "<i8", "providers": "<i4", "windows": "<i8"}
         self._arrays = {name: ArrayWriter(path / name, dtype) for name, dtype in types.items()}
-        self._table = pq.ParquetWriter(path / "documents.parquet", _SCHEMA, compression="zstd")
+        self._table = pq.ParquetWriter(
+            path / "documents.parquet", _SCHEMA, compression="zstd", write_page_checksum=True
+        )
 
     def append(self, tokens: np.ndarray, rows: list[dict], lengths: np.ndarray) -> None:
         """Adds documents: their tokens back to back, a row of facts and a number of tokens for each."""
@@ -216,7 +235,12 @@ class StoreWriter:
         if not self._providers:
             (self._path / "providers").write_bytes(b"")
         sizes = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "windows": len(windows) - 1}
-        facts = {"format": FORMAT, "dtype": self._dtype, "providers": list(self._providers) or None}
+        facts = {
+            "format": FORMAT,
+            "dtype": self._dtype,
+            "providers": list(self._providers) or None,
+            "table_bytes": (self._path / "documents.parquet").stat().st_size,
+        }
         replace_json(self._path / "manifest.json", {**facts, **sizes, **manifest})
 
     def close(self) -> None:

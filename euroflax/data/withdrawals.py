@@ -38,7 +38,7 @@ def read_lists(declared: Experiment, folders: Folders) -> Ids:
             continue
         path = folders.data_root / source.block_list
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
             raise ExperimentError(

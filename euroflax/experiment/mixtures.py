@@ -8,7 +8,7 @@ from euroflax import languages
 from euroflax.experiment.codec import shown
 from euroflax.experiment.schema import Experiment, Mixture, Source
 
-_LISTED = 24
+_MAX_ALPHA = 10
 
 
 def mixtures(experiment: Experiment) -> Iterator[str]:
@@ -47,8 +47,11 @@ def _code(source: Source) -> str:
 
 def _numbers(path: str, mixture: Mixture, num_languages: int) -> Iterator[str]:
     if "temperature" in (mixture.languages, mixture.sources):
-        if mixture.alpha is None or not 0 <= mixture.alpha < math.inf:
-            yield f"{path}.alpha={mixture.alpha} is not an exponent for temperature; use for example 0.3"
+        if mixture.alpha is None or not 0 <= mixture.alpha <= _MAX_ALPHA:
+            yield (
+                f"{path}.alpha={mixture.alpha} is not an exponent for temperature, 0 to {_MAX_ALPHA}; "
+                "use for example 0.3"
+            )
     elif mixture.alpha is not None and not mixture.weights:
         yield f"{path}.alpha={mixture.alpha} is used by temperature alone; leave it out"
     if mixture.max_epochs is not None and not 0 < mixture.max_epochs < math.inf:
@@ -61,7 +64,7 @@ def _numbers(path: str, mixture: Mixture, num_languages: int) -> Iterator[str]:
         elif not 0 <= mixture.language_floor * num_languages <= 1:
             yield (
                 f"{path}.language_floor={mixture.language_floor} times {num_languages} languages is not within "
-                f"0 and 1; use {1 / max(num_languages, 1):.4g} or less"
+                f"0 and 1; use {math.floor(1e6 / max(num_languages, 1)) / 1e6:g} or less"
             )
 
 
@@ -102,7 +105,5 @@ def _languages(field: str, shares: Mapping[str, float], sources: tuple[Source, .
 def _sums_to_one(field: str, shares: Mapping[str, float]) -> Iterator[str]:
     total = math.fsum(shares.values())
     if not abs(total - 1) <= 1e-6:
-        listed = list(shares.items())[:_LISTED] if total > 0 else []
-        offer = ", ".join(f"{name}: {share / total:.9g}" for name, share in listed)
-        dots = ", ..." if len(shares) > _LISTED else ""
-        yield (f"{field} sum to {total:.9g}, not 1; divide each by {total:.9g}: rescaled they are {{{offer}{dots}}}")
+        offer = ", ".join(f"{name}: {share / total:.9g}" for name, share in shares.items() if total > 0)
+        yield (f"{field} sum to {total:.9g}, not 1; divide each by {total:.9g}: rescaled they are {{{offer}}}")

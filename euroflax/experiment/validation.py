@@ -1,6 +1,7 @@
 """What can be known to be wrong from an experiment's values alone, on any machine and without a device."""
 
 import collections
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ def validate(experiment: Experiment) -> list[str]:
     faults = check_types(experiment)
     if faults:
         return faults
-    for rules in (_sizes, _sources, mixtures, _stages, _training, _schedule, _mesh):
+    for rules in (_sizes, _sources, mixtures, _stages, _rows_of_stages, _training, _schedule, _mesh):
         faults.extend(rules(experiment))
     return faults
 
@@ -83,6 +84,11 @@ def _sources(experiment: Experiment) -> Iterator[str]:
     if not experiment.data.sources:
         yield "data.sources=() names no source; give at least one"
     for i, source in enumerate(experiment.evaluation.sources):
+        if source.block_list is not None:
+            yield (
+                f"evaluation.sources[{i}].block_list={source.block_list} is for text that is trained on; take the "
+                "documents out of the file, and leave it out"
+            )
         if source.holdout_fraction:
             yield (
                 f"evaluation.sources[{i}].holdout_fraction={source.holdout_fraction} has no meaning, "
@@ -163,6 +169,18 @@ def _batches(experiment: Experiment) -> Iterator[str]:
         yield f"training.tokens={training.tokens} is more than {_MAX_ROWS} rows; use fewer tokens or longer rows"
 
 
+def _empty_stages(experiment: Experiment) -> Iterator[str]:
+    """The faults of stages that begin within a row and end in it."""
+    for before, span in itertools.pairwise(experiment.spans):
+        for empty in (before, span) if span is experiment.spans[-1] else (before,):
+            if empty.first_row == empty.stop_row:
+                field = f"stages[{empty.number - 1}]" if empty.number else "the beginning of the run"
+                yield (
+                    f"{field} has no row of {empty.sequence_length} tokens: stages begin at whole rows; begin the one "
+                    "after it later, or leave it out"
+                )
+
+
 def _valid_spans(experiment: Experiment) -> tuple[Span, ...]:
     """The stages, where their numbers are such that rows and batches can be computed."""
     return () if list(_stages(experiment)) else experiment.spans
@@ -185,6 +203,11 @@ def _stages(experiment: Experiment) -> Iterator[str]:
                 yield from _at_least(f"{path}.{name}", value, least)
         if stage.mixture is stage.sequence_length is stage.batch_tokens is None:
             yield f"{path} changes nothing; give it a mixture, a sequence_length or batch_tokens, or leave it out"
+
+
+def _rows_of_stages(experiment: Experiment) -> Iterator[str]:
+    if experiment.data.sequence_length > 0 and not list(_stages(experiment)):
+        yield from _empty_stages(experiment)
 
 
 def _schedule(experiment: Experiment) -> Iterator[str]:

@@ -40,7 +40,7 @@ def model_card(declared: Experiment, manifest: dict, metrics: list[dict], facts:
         "## Evaluation",
         _evaluation(metrics, step),
         "## Training",
-        _training(declared, manifest, step),
+        _training(declared, manifest, step, facts["position"]),
         "## Licence",
         "The record of the run states the licences of its sources, above, and none for the weights: whoever publishes "
         "them states it here.",
@@ -88,7 +88,14 @@ def _sources(manifest: dict, ledger: list[dict]) -> str:
             ]
         )
     header = ["source", "language", "licence", "provider", "origin", "opt-outs"]
-    return _table([*header, "documents", "bytes", "tokens read", "epochs"], rows)
+    table = _table([*header, "documents", "bytes", "tokens read", "epochs"], rows)
+    left_out = [
+        f"{count:,} listed documents of {name} from row {entry['position']:,} on"
+        for entry in manifest.get("withdrawn", [])
+        for name, count in entry["listed"].items()
+        if count
+    ]
+    return table + (f"\n\nLeft out, being withdrawn: {'; '.join(left_out)}." if left_out else "")
 
 
 def _by_document(source: dict, field: str) -> str:
@@ -113,7 +120,12 @@ def _evaluation(metrics: list[dict], step: int) -> str:
     )
 
 
-def _training(declared: Experiment, manifest: dict, step: int) -> str:
+def _batch_tokens(declared: Experiment, position: int) -> int:
+    span = declared.span_at(max(position - 1, 0))
+    return span.batch_rows * span.sequence_length
+
+
+def _training(declared: Experiment, manifest: dict, step: int, position: int) -> str:
     schedule = declared.training.schedule
     sessions = [session for session in manifest["sessions"] if session["steps"]]
     flops = sum(session["flops"] for session in sessions)
@@ -122,9 +134,10 @@ def _training(declared: Experiment, manifest: dict, step: int) -> str:
     energy = [session["energy_joules"] for session in sessions]
     joules = "not measured" if None in energy else f"{sum(energy):,.0f} J"
     lines = [
-        f"- {step:,} steps, the last of {declared.training.batch_tokens:,} tokens; {schedule.kind} schedule, peak rate "
-        f"{schedule.peak_learning_rate:g}, AdamW ({declared.training.adam_beta1:g}, {declared.training.adam_beta2:g}), "
-        f"decay {declared.training.weight_decay:g}, compute in {declared.model.compute_dtype}",
+        f"- {step:,} steps, the last of {_batch_tokens(declared, position):,} tokens; {schedule.kind} schedule, "
+        f"peak rate {schedule.peak_learning_rate:g}, AdamW ({declared.training.adam_beta1:g}, "
+        f"{declared.training.adam_beta2:g}), decay {declared.training.weight_decay:g}, "
+        f"compute in {declared.model.compute_dtype}",
         f"- Began with {f'the weights of {declared.continue_from}' if declared.continue_from else 'random weights'}, "
         f"seed {declared.training.seed}",
         f"- {', '.join(hardware)}; {hours:.2f} device-hours in {len(sessions)} sessions; "

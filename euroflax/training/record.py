@@ -26,7 +26,7 @@ from euroflax.languages import fold
 
 _MAY_DIFFER = re.compile(
     r"mesh\.|checkpoint\.|evaluation\.|training\.(batch_tokens|accumulation_steps)$|stages\[\d+\]\.batch_tokens$"
-    r"|data\.sources\[\d+\]\.block_list$"
+    r"|data\.sources\[\d+\]\.block_list$|(data|stages\[\d+\])\.mixture\.max_epochs$"
 )
 _MAX_FAULTS = 8
 _MAX_COUNTS = 100

@@ -22,12 +22,13 @@ def write_samples(declared: Experiment, prepared: Prepared, params: dict, record
     prompts: dict[str, tuple[str, str]] = {}
     for source, store in prepared.evaluation:
         code = fold(source.language) or source.language
-        if code in prompts or not store.num_documents:
+        first = next(prepared.held_out(source, store), None)
+        if code in prompts or first is None:
             continue
-        start, stop = store.document(0)
+        start, stop = store.document(first)
         stop = min(stop - 1, start + 1 + _PROMPT_TOKENS, start + declared.data.sequence_length // 2)
         text = prepared.tokenizer.decode(store.read(start + 1, stop).tolist()).rstrip("\ufffd")
-        prompts[code] = (store.documents([0])[0]["id"], text)
+        prompts[code] = (store.documents([first])[0]["id"], text)
     sampling = Sampling(
         max_new_tokens=declared.evaluation.sample_tokens,
         temperature=_TEMPERATURE,

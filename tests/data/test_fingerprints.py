@@ -39,5 +39,7 @@ def test_what_was_prepared_is_found_where_the_text_is_not(tmp_path):
     (tmp_path / "other").mkdir()
     declared, folders = own(tmp_path / "other")
     (tmp_path / "other" / "a.jsonl").unlink()
-    with pytest.raises(ExperimentError, match="names no file"):
+    with pytest.raises(NotPrepared):
         digests(declared, folders, None)
+    with pytest.raises(ExperimentError, match="names no file"):
+        digests(declared, folders, lambda *_: None)

@@ -81,6 +81,14 @@ def test_place_three_thousand_million_is_found_without_the_ones_before_it():
     assert schedule.drawn(3_000_000_001)[source] == before + 1
 
 
+def test_what_was_drawn_can_be_forgotten():
+    schedule = Schedule((5, 3))
+    found = [schedule.place(index) for index in range(20)]
+    schedule.forget()
+    assert schedule._block.cache_info().currsize == 0
+    assert [schedule.place(index) for index in range(20)] == found
+
+
 def test_a_weight_that_comes_too_seldom_is_refused():
     with pytest.raises(ValueError, match="a weight of 1 in"):
         Schedule((MAX_BLOCK, 1))

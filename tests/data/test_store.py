@@ -1,11 +1,14 @@
+import errno
 import json
+import os
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from euroflax.data import store as stores
 from euroflax.data.store import StoreWriter, open_store
-from euroflax.experiment import ExperimentError
+from euroflax.experiment import ExperimentError, Interrupted
 
 
 def write(path, lengths, vocab_size=300, shard=None):
@@ -89,7 +92,44 @@ def test_a_store_of_another_format_is_refused(tmp_path):
         open_store(tmp_path / "s")
 
 
-@pytest.mark.parametrize(("name", "read"), [("tokens", lambda s: s.read(0, 64)), ("ends", lambda s: s.document(1))])
+PARAMS = [("tokens", lambda s: s.read(0, 64)), ("ends", lambda s: s.document(1))]
+
+
+def test_a_table_of_documents_that_is_harmed_is_said_in_a_line(tmp_path):
+    write(tmp_path / "s", [50] * 300)
+    table = tmp_path / "s" / "documents.parquet"
+    whole, store = table.read_bytes(), open_store(tmp_path / "s")
+    reads = (lambda: store.documents([0, 299]), lambda: store.find(["d1"]), lambda: store.counts("provider"))
+    metadata = pq.read_metadata(table).row_group(0)
+    for read, column in zip(reads, (0, 0, 2), strict=True):
+        chunk = metadata.column(column)
+        at = (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 2
+        for content in (whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :], whole[:100]):
+            table.write_bytes(content)
+            with pytest.raises(ExperimentError, match=r"documents.parquet cannot be read .*; delete the folder"):
+                read()
+    with pytest.raises(ExperimentError, match=r"documents.parquet does not have its size"):
+        open_store(tmp_path / "s")
+    table.unlink()
+    with pytest.raises(ExperimentError, match=r"documents.parquet does not have its size"):
+        open_store(tmp_path / "s")
+
+
+def test_too_many_open_files_ask_for_a_limit_and_not_to_delete_anything(tmp_path, monkeypatch):
+    write(tmp_path / "s", [5, 3])
+
+    def refuse(path, flags):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    store = open_store(tmp_path / "s")
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(
+        Interrupted, match=r"tokens cannot be read \(Too many open files\); raise the limit \(ulimit -n"
+    ):
+        store.read(0, 8)
+
+
+@pytest.mark.parametrize(("name", "read"), PARAMS)
 def test_what_happens_to_a_file_of_an_open_store_is_an_error_and_no_crash(tmp_path, name, read):
     write(tmp_path / "s", [5000, 300])
     file = tmp_path / "s" / name
@@ -103,7 +143,7 @@ def test_what_happens_to_a_file_of_an_open_store_is_an_error_and_no_crash(tmp_pa
     with pytest.raises(ExperimentError, match=f"{name} was cut short; delete the folder"):
         read(store)
     file.unlink()
-    with pytest.raises(ExperimentError, match=f"{name} cannot be read|{name} was cut short"):
+    with pytest.raises(ExperimentError, match=f"{name} has vanished; delete the folder"):
         read(open_again(store))
 
 
