@@ -138,6 +138,7 @@ class Order:
                 "rows_per_epoch": dict(
                     zip(self.names, (rows.packing.num_rows for rows in stretch.sources), strict=True)
                 ),
+                "packings": dict(zip(self.names, (rows.packing.path.name for rows in stretch.sources), strict=True)),
                 "begins": dict(zip(self.names, stretch.begins, strict=True)),
                 "left_over_tokens": dict(zip(self.names, stretch.left_over, strict=True)),
             }

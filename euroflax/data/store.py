@@ -6,7 +6,8 @@ window, `providers` the number of each document's provider where it varies, `doc
 bytes, provider, licence), and `manifest.json`, written last, says what it is. Each document stands as beginning-of-
 document token, text tokens, end-of-document token.
 
-Windows are runs of whole documents, the unit of packing and of shuffling: a sixty-fourth of the store, within bounds.
+Windows are runs of whole documents, the unit of packing and of shuffling: a sixty-fourth of the store, within bounds;
+a quarter of a small one.
 """
 
 import contextlib
@@ -31,7 +32,9 @@ _FACTS = {"format", "dtype", "providers", "documents", "tokens", "bytes", "windo
 _DOCUMENTS_PER_GROUP = 8192
 _DOCUMENTS_AT_ONCE = 2**20
 _WINDOWS = 64
+_FEWEST_WINDOWS = 4
 _WINDOW_TOKENS = (2**18, 2**22)
+_LEAST_WINDOW_TOKENS = 2**12
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -252,7 +255,8 @@ class StoreWriter:
 
 def _windows(ends: FileArray, num_tokens: int) -> np.ndarray:
     """Documents before each window, and before the end."""
-    size = min(max(num_tokens // _WINDOWS, _WINDOW_TOKENS[0]), _WINDOW_TOKENS[1])
+    least = min(max(num_tokens // _FEWEST_WINDOWS, _LEAST_WINDOW_TOKENS), _WINDOW_TOKENS[0])
+    size = min(max(num_tokens // _WINDOWS, least), _WINDOW_TOKENS[1])
     cuts = np.arange(1, max(num_tokens // size, 1)) * size
     found, done = [np.zeros(1, np.int64)], 0
     for start in range(0, len(ends), _DOCUMENTS_AT_ONCE):

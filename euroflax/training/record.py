@@ -117,7 +117,7 @@ class Record:
         """Refuses an order of rows that gives those before the position otherwise than the run has read them."""
         before = self.manifest.get("mixture", {}).get("resolved", [])
         for old, new in zip(before, order.to_json(), strict=False):
-            changed = [name for name in ("first_row", "weights", "begins") if old[name] != new[name]]
+            changed = [name for name in ("first_row", "packings", "weights", "begins") if old[name] != new[name]]
             if old["first_row"] < position and changed:
                 raise ExperimentError(
                     f"run folder={self.path}: the mixture of stage {old['stage']} has other {', '.join(changed)} than "

@@ -64,6 +64,12 @@ def test_windows_are_whole_documents_and_cover_the_store(tmp_path, monkeypatch):
     assert len(windows) > 20 and np.median(sizes) < 1400 and sorted(sizes)[-2] < 1700 and sizes[:-1].min() > 300
 
 
+@pytest.mark.parametrize(("tokens", "windows"), [(3000, 1), (8200, 2), (60_000, 4), (900_000, 4), (1_500_000, 5)])
+def test_a_small_store_has_a_few_windows_too(tmp_path, tokens, windows):
+    write(tmp_path / "s", [100] * (tokens // 100))
+    assert open_store(tmp_path / "s").manifest["windows"] == windows
+
+
 def test_an_unfinished_store_is_none(tmp_path):
     writer = StoreWriter(tmp_path / "s", 300)
     writer.append(np.arange(5), [{"id": "a", "bytes": 5, "provider": None, "licence": None}], np.array([5]))
