@@ -16,6 +16,7 @@ from euroflax.data.prepare import prepare
 from euroflax.experiment import ExperimentError, Interrupted, Mixture, Stage, load, override, validate
 from euroflax.folders import Folders
 from euroflax.generation import Sampling
+from euroflax.huggingface.card import model_card
 from euroflax.languages import EU24
 from euroflax.run import main
 from euroflax.training.record import read_manifest, read_samples
@@ -220,6 +221,11 @@ def test_the_context_of_a_model_is_its_longest_row(trained_in_stages):
     exported = verbs.export(declared, folders)
     assert json.loads((exported / "config.json").read_text())["max_position_embeddings"] == 96
     assert json.loads((exported / "tokenizer_config.json").read_text())["model_max_length"] == 96
+    manifest = read_manifest(folders.run_dir(declared.name))
+    manifest["withdrawn"] = [{"position": 9, "listed": {"sample-mt": 3, "sample-el": 0}, "fingerprint": ""}]
+    card = model_card(declared, manifest, [], {"step": 3, "position": 20, "ledger": manifest["ledger"]})
+    assert "on 1,408 tokens" in card and "3 steps, the last of 384 tokens" in card and "context of 96 tokens" in card
+    assert "Left out, being withdrawn: 3 listed documents of sample-mt from row 9 on." in card
     (written,) = verbs.generate(declared, folders, ["a b " * 38], Sampling(max_new_tokens=2))
     assert 64 < written.prompt_tokens < 94 and len(written.tokens) == 2
 
@@ -548,6 +554,7 @@ from euroflax.data.prepare import prepare
 from euroflax.experiment import load
 from euroflax.folders import Folders
 from euroflax.generation import Sampling
+from euroflax.huggingface.card import model_card
 from euroflax.languages import EU24
 
 if __name__ == "__main__":

@@ -101,9 +101,8 @@ class Order:
             begins, left_over = (list(values) for values in zip(*(_go_on(*pair) for pair in pairs), strict=True))
         sizes = [Size.of(rows.packing) for rows in sources]
         read = [begin / rows.packing.num_rows for begin, rows in zip(begins, sources, strict=True)]
-        rows_of_stage = (
-            span.stop_row - first_row
-        )  # also beyond a block list that is not known yet when the rows are read
+        # To the end of the stage, also beyond a later block list, of which nothing is known when the rows are read.
+        rows_of_stage = span.stop_row - first_row
         asked = (span, self._declared.data.sources, sizes, rows_of_stage, read)
         shares, weights = tuple(declared_shares(*asked)), row_weights(*asked)
         return Stretch(span, first_row, stop_row, weights, shares, sources, tuple(begins), tuple(left_over))
