@@ -129,7 +129,7 @@ def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState) -> Tra
     ended = position >= declared.total_rows
     if step == 0 or ended or _is_due(step, declared.evaluation.every_steps):
         _evaluate(job, state, step)
-    mine = functools.partial(sharding.local_rows, job.mesh)
+    mine = functools.cache(functools.partial(sharding.local_rows, job.mesh))
     meter = Meter(job, step, position)
     loader = batches(declared, rows, position, mine)
     steps: dict[int, Step] = {}
