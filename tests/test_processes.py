@@ -90,9 +90,9 @@ def test_preparation_inside_a_job_is_refused_with_the_command_to_run(alone, tmp_
     path, _ = alone
     codes, outputs = ended(job(path, tmp_path, tmp_path / "cache", 2, 4))
     assert codes == [2, 2], outputs
-    command = f"python -m euroflax.run {path} prepare --cache-dir {tmp_path / 'cache'}"
+    command = f"python -m euroflax.run {path} prepare --cache-dir {tmp_path / 'cache'} --runs-dir {tmp_path / 'runs'}"
     assert outputs[0][1] == (
-        f"error: data.tokenizer is not prepared, and a job of 2 processes does not prepare; run first: {command}\n"
+        f"error: source sample-el is not prepared, and a job of 2 processes does not prepare; run first: {command}\n"
     )
 
 
