@@ -5,6 +5,7 @@ All three read the same rows of the same packings, so that the ratios are those 
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import os
 import statistics
@@ -161,7 +162,7 @@ def _hugging_face(stretch: Stretch, prepared: Prepared) -> Callable[[], Iterator
     sources = _sources(stretch, prepared)
 
     def feed() -> Iterator[Batch]:
-        import datasets
+        datasets = importlib.import_module("datasets")
 
         def generate(number: int) -> Iterator[Batch]:
             source, order = sources[number], np.random.default_rng(number)
