@@ -49,7 +49,9 @@ def bench(declared: Experiment, folders: Folders, num_rows: int, display: Displa
     for packing in ("concat", "best-fit"):
         data = dataclasses.replace(declared.data, packing=packing)
         length = declared.data.sequence_length
-        training = dataclasses.replace(declared.training, batch_tokens=_BATCH_ROWS * length)
+        first = declared.spans[0]  # the first stage alone: its cap on epochs is not for the tokens of later ones
+        tokens = first.tokens_at(first.stop_row)
+        training = dataclasses.replace(declared.training, tokens=tokens, batch_tokens=_BATCH_ROWS * length)
         variant = dataclasses.replace(declared, data=data, training=training, stages=())
         prepared = preparation.prepare(variant, folders, display.progress)
         display.close()

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import jinja2
 
+from euroflax.data.ledger import Entry, totals
 from euroflax.experiment import Experiment, ExperimentError, from_json
 from euroflax.folders import replace_file
 from euroflax.languages import LANGUAGES
@@ -157,12 +158,8 @@ def _withdrawn(manifest: dict) -> list[str]:
 
 def _by(manifest: dict, field: str) -> list[dict]:
     """Documents, bytes and tokens that were read, by language or provider, most bytes first."""
-    found: dict[str, dict] = {}
-    for entry in manifest["ledger"]["entries"]:
-        sums = found.setdefault(entry[field], {"name": entry[field], "documents": 0, "bytes": 0, "tokens": 0})
-        for name in ("documents", "bytes", "tokens"):
-            sums[name] += entry[name]
-    return sorted(found.values(), key=lambda sums: -sums["bytes"])
+    sums = totals([Entry(**entry) for entry in manifest["ledger"]["entries"]], field)
+    return sorted(({"name": name, **amounts} for name, amounts in sums.items()), key=lambda row: -row["bytes"])
 
 
 def _seconds(manifest: dict) -> list[tuple[str, float]]:

@@ -279,7 +279,10 @@ def test_show_prints_a_row_and_the_ledger(trained_in_stages, capsys):
 
 
 def test_bench_measures_both_packings_beside_grain(folders, capsys):
-    path = write_experiment(folders.data_root / "x.py", small(data__sequence_length=128))
+    capped = Mixture(max_epochs=1)  # met by the first stage, and not by all tokens of the run
+    stages = (Stage(from_tokens=2048, mixture=Mixture()),)
+    declared = small(data__sequence_length=128, data__mixture=capped, stages=stages, training__tokens=20_000)
+    path = write_experiment(folders.data_root / "x.py", declared)
     common = ["--cache-dir", str(folders.cache_dir), "--runs-dir", str(folders.runs_dir), "--devices", "cpu:8"]
     assert main([str(path), "bench", "--rows", "160", "--json", *common]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -79,6 +79,7 @@ def test_place_three_thousand_million_is_found_without_the_ones_before_it():
     source, before = schedule.place(3_000_000_000)
     assert abs(before - 3_000_000_000 * weights[source] / DENOMINATOR) < 1
     assert schedule.drawn(3_000_000_001)[source] == before + 1
+    assert schedule._block.cache_info().misses == 1
 
 
 def test_what_was_drawn_can_be_forgotten():
