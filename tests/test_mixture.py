@@ -236,6 +236,8 @@ def test_the_report_shows_the_shares_of_the_stage_that_was_reached_and_the_ledge
     mixture = report._mixture(manifest)
     assert [row["asked"] for row in mixture] == pytest.approx([1 / 3] * 3)
     assert sum(row["tokens"] for row in mixture) == sum(e["tokens"] for e in manifest["ledger"]["entries"])
+    (provider,) = report._by(manifest, "provider")
+    assert provider["name"] == "Euroflax" and provider["tokens"] == sum(row["tokens"] for row in mixture)
     early = manifest | {"ledger": manifest["ledger"] | {"position": 3}}
     assert [row["asked"] for row in report._mixture(early)] != pytest.approx([1 / 3] * 3)
     page = report.write(folders.run_dir(declared.name)).read_text()

@@ -213,6 +213,10 @@ def test_the_ledger_knows_the_provider_of_each_document(tmp_path, monkeypatch, p
         assert as_counts(entries) == brute_force(experiment, rows, range(position))
     assert {e.provider for e in entries if e.source == first.name} == {"p0", "p1", "p2"}
     assert sum(e.rows is not None for e in entries) == 3
+    sums = totals(entries, "provider")
+    assert sums["p1"]["tokens"] == sum(e.tokens for e in entries if e.provider == "p1")
+    for name in ("documents", "bytes", "tokens"):
+        assert sums["Euroflax"][name] == sum(getattr(e, name) for e in entries if e.source != first.name)
 
 
 def test_epochs_are_the_share_of_a_pass_that_was_read(run):
