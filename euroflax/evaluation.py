@@ -19,7 +19,7 @@ from euroflax.data.prepare import Prepared
 from euroflax.data.store import Store
 from euroflax.experiment import Experiment, Model, Source
 from euroflax.languages import fold
-from euroflax.sharding import local_rows, place_batch
+from euroflax.sharding import folded, local_rows, place_batch, shardings
 
 
 def bits_per_byte(
@@ -44,14 +44,17 @@ def bits_per_byte(
         return {}
     rows = list(_rows(declared, prepared))
     batch_rows = declared.batch_rows // declared.training.accumulation_steps
+    mesh = folded(mesh, ("replica",))
+    params = jax.device_put(params, shardings(params, mesh))
     mine = local_rows(mesh, batch_rows)
     total = -(-len(rows) // batch_rows)
-    step = _compiled_step(declared.model, declared.training.loss_chunk_tokens, len(codes))
-    for done in range(total):
-        proceed(done, total)
-        wanted = [done * batch_rows + offset for offset in mine]
-        batch = place_batch(_batch(declared, prepared, rows, wanted), mesh, mine, batch_rows)
-        nats += np.asarray(step(params, batch), np.float64)
+    step = _compiled_step(declared.model, declared.training.loss_chunk_entries, len(codes))
+    with jax.set_mesh(mesh):
+        for done in range(total):
+            proceed(done, total)
+            wanted = [done * batch_rows + offset for offset in mine]
+            batch = place_batch(_batch(declared, prepared, rows, wanted), mesh, mine, batch_rows)
+            nats += np.asarray(step(params, batch), np.float64)
     proceed(total, total)
     found = {code: nats[i] / (math.log(2) * sizes[i]) for i, code in enumerate(codes) if sizes[i]}
     figures = {f"bits_per_byte.{code}": float(value) for code, value in found.items()}
@@ -59,9 +62,9 @@ def bits_per_byte(
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled_step(config: Model, chunk_tokens: int, num_languages: int) -> Callable[[dict, dict], jax.Array]:
+def _compiled_step(config: Model, chunk_entries: int, num_languages: int) -> Callable[[dict, dict], jax.Array]:
     def step(params: dict, batch: dict) -> jax.Array:
-        nats_BL, _ = model.token_losses(config, params, batch, chunk_tokens)
+        nats_BL, _ = model.token_losses(config, params, batch, chunk_entries)
         return model.sums_by_language(nats_BL * batch["loss_weights_BL"], batch, num_languages)
 
     return jax.jit(step)

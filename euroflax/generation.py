@@ -11,7 +11,7 @@ import numpy as np
 from euroflax import model
 from euroflax.data.tokenizer import Tokenizer
 from euroflax.experiment import ExperimentError, Model
-from euroflax.sharding import row_ways
+from euroflax.sharding import folded, row_ways, shardings
 
 _MAX_ROWS = 64
 _MIN_BUCKET = 16
@@ -121,12 +121,15 @@ def generate(
     if faults:
         raise ExperimentError(*faults)
     found: list[Completion] = []
+    mesh = folded(jax.sharding.get_mesh(), ("replica", "sequence"))
+    params = jax.device_put(params, shardings(params, mesh))
     for first in range(0, len(encoded), _MAX_ROWS):
         part = range(first, min(first + _MAX_ROWS, len(encoded)))
         writers = [
             _Writer(tokenizer, prompts[i], encoded[i], context, sampling, functools.partial(on_text, i)) for i in part
         ]
-        _write(config, params, writers, sampling, first, proceed)
+        with jax.set_mesh(mesh):
+            _write(config, params, writers, sampling, first, proceed)
         found += [writer.completion() for writer in writers]
     return found
 

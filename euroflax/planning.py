@@ -88,8 +88,8 @@ def _temporaries(declared: Experiment, mesh: dict[str, int]) -> int:
     """Estimated bytes of activations kept for the backward pass, and of one chunk of logits, on one device."""
     config, training = declared.model, declared.training
     span = max(declared.spans, key=lambda span: span.batch_rows * span.sequence_length)
-    rows = span.batch_rows // training.accumulation_steps // (mesh["data"] * mesh["fsdp"])
-    tokens = rows * span.sequence_length
+    rows = span.batch_rows // training.accumulation_steps // (mesh["replica"] * mesh["data"] * mesh["fsdp"])
+    tokens = rows * span.sequence_length // mesh["sequence"]
     width = 2 if config.compute_dtype == "bfloat16" else 4
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     matrix_outputs = (heads + config.num_heads * config.head_dim + 2 * config.mlp_dim) // mesh["tensor"]
@@ -98,8 +98,7 @@ def _temporaries(declared: Experiment, mesh: dict[str, int]) -> int:
         "dots": 3 * config.embed_dim + matrix_outputs,
         "none": 6 * config.embed_dim + 2 * matrix_outputs + config.mlp_dim // mesh["tensor"],
     }[config.remat]
-    chunk = min(span.sequence_length, training.loss_chunk_tokens)
-    logits = 3 * rows * chunk * config.vocab_size // mesh["tensor"] * _FLOAT32
+    logits = 3 * tokens * min(config.vocab_size, training.loss_chunk_entries) // mesh["tensor"] * _FLOAT32
     return config.num_layers * tokens * kept * width + logits
 
 

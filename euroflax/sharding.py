@@ -1,13 +1,19 @@
 """Where every tensor lies: one alphabet of dimensions, and two tables from its letters to mesh axes.
 
 A tensor's name ends in its dimensions: `query_DHK` is embed x heads x head dim. The letters are
-A parts of a batch, B batch, L length, S source length, D embed, H heads, G kv heads, K head dim, F mlp, V vocabulary,
-N layers, M languages, C positions in a chunk. A letter that is not in a table, or a mesh axis that comes twice in one
-tensor, is an error, on one CPU as on a thousand accelerators.
+A parts of a batch, W rows of the whole batch, B rows of one replica's batch, L length, R length of the residual
+stream between blocks, S source length, D embed, H heads, G kv heads, K head dim, F mlp, V vocabulary, X chunks of it
+and U entries of a chunk, N layers, M languages; and where tokens look up their embeddings, Y rows and E embed. A letter
+that is not in a table, or a mesh axis that comes twice in one tensor, is an error, on one CPU as on a thousand
+accelerators.
+
+The replicas of the slow axis are the leading dimension of a `vmap`, in `per_replica`: nothing below it crosses them.
 """
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -18,32 +24,40 @@ from euroflax import experiment
 from euroflax.experiment import ExperimentError
 
 T = TypeVar("T")
+Table = dict[str, str | tuple[str, ...] | None]
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("replica", "data", "fsdp", "sequence", "tensor")
+"""Slowest network first."""
 
-PARAMETERS: dict[str, str | tuple[str, ...] | None] = {
+PARAMETERS: Table = {
     "N": None,
-    "D": "fsdp",
+    "D": ("fsdp", "sequence"),
     "H": "tensor",
     "G": "tensor",
     "K": None,
     "F": "tensor",
     "V": "tensor",
+    "U": None,
+    "X": None,
 }
 
-ACTIVATIONS: dict[str, str | tuple[str, ...] | None] = {
+ACTIVATIONS: Table = {
     "A": None,
+    "W": ("replica", "data", "fsdp"),
     "B": ("data", "fsdp"),
-    "L": None,
+    "L": "sequence",
+    "R": ("sequence", "tensor"),
     "S": None,
-    "C": None,
     "D": None,
     "H": "tensor",
     "G": "tensor",
     "K": None,
     "F": "tensor",
     "V": "tensor",
+    "U": None,
     "M": None,
+    "Y": "data",
+    "E": ("fsdp", "sequence"),
 }
 
 
@@ -55,35 +69,64 @@ def mesh_sizes(mesh: experiment.Mesh, num_devices: int) -> dict[str, int]:
     """
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-    if fixed > num_devices:
-        raise ExperimentError(f"mesh={shown} is larger than the {num_devices} devices here; use a smaller mesh")
     free = [axis for axis, size in sizes.items() if size == -1]
     if num_devices % fixed or (not free and fixed != num_devices):
-        fix = "use sizes whose product divides them" if free else "set one of the sizes to -1"
-        raise ExperimentError(f"mesh={shown} does not make up the {num_devices} devices here; {fix}")
+        shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "one device"
+        raise ExperimentError(f"mesh={shown} does not make up {num_devices} devices; {_fix(sizes, num_devices)}")
     return {axis: num_devices // fixed if size == -1 else size for axis, size in sizes.items()}
 
 
-def make_mesh(declared: experiment.Experiment, num_devices: int | None = None) -> jax.sharding.Mesh | AbstractMesh:
-    """The mesh of an experiment over this job's devices, or, given a number, over devices that need not exist.
+def _fix(sizes: dict[str, int], num_devices: int) -> str:
+    """What would make a mesh fit: the nearest sizes of one axis, the others as they are."""
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fits = []
+    for axis, size in sizes.items():
+        left, over = divmod(num_devices, fixed // size)
+        if size <= 1 or over:
+            continue
+        able = [s for s in range(1, left + 1) if left % s == 0] if free else [left]
+        near = [*[s for s in able if s < size][-1:], *[s for s in able if s > size][:1]]
+        fits.append(" or ".join(f"mesh.{axis}={s}" for s in near))
+    if not fits:
+        return f"use sizes whose product {'divides' if free else 'is'} {num_devices}"
+    return f"use {', or '.join(fits)}{'' if free else ', or -1 in place of a size'}"
+
+
+def make_mesh(
+    declared: experiment.Experiment, num_devices: int | None = None, devices: Sequence[object] | None = None
+) -> jax.sharding.Mesh | AbstractMesh:
+    """The mesh of an experiment over this job's devices, over given ones, or over a number that need not exist.
 
     Raises:
         ExperimentError: the sizes do not make up the devices, or the model or batch does not divide over them.
     """
-    import dataclasses
-
-    sizes = mesh_sizes(declared.mesh, jax.device_count() if num_devices is None else num_devices)
+    count = num_devices or len(devices or jax.devices())
+    sizes = mesh_sizes(declared.mesh, count)
     placed = dataclasses.replace(declared, mesh=experiment.Mesh(**sizes))
     if faults := experiment.validate(placed):
         raise ExperimentError(*faults)
     types = (AxisType.Auto,) * len(AXES)
     if num_devices is not None:
         return AbstractMesh(tuple(sizes.values()), AXES, axis_types=types)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
 
 
-def spec(letters: str, table: dict[str, str | tuple[str, ...] | None]) -> PartitionSpec:
+def folded(mesh: jax.sharding.Mesh, axes: Sequence[str]) -> jax.sharding.Mesh:
+    """The same devices without some axes: replicas count as data, and devices that share rows as fsdp.
+
+    Parameters lie on it as they lie on `mesh`.
+    """
+    sizes = dict(mesh.shape)
+    for axis, into in (("replica", "data"), ("sequence", "fsdp")):
+        if axis in axes:
+            sizes[into], sizes[axis] = sizes[into] * sizes[axis], 1
+    if sizes == dict(mesh.shape):
+        return mesh
+    return jax.sharding.Mesh(mesh.devices.reshape(tuple(sizes.values())), AXES, axis_types=mesh.axis_types)
+
+
+def spec(letters: str, table: Table) -> PartitionSpec:
     """The mesh axes of each dimension of a tensor.
 
     Raises:
@@ -99,13 +142,13 @@ def spec(letters: str, table: dict[str, str | tuple[str, ...] | None]) -> Partit
     return PartitionSpec(*axes)
 
 
-def constrain(value: jax.Array, letters: str) -> jax.Array:
-    """The same array, held to its place in the table of activations; without a mesh only the letters are checked.
+def constrain(value: jax.Array, letters: str, table: Table = ACTIVATIONS) -> jax.Array:
+    """The same array, held to its place in a table; without a mesh only the letters are checked.
 
     Raises:
         ValueError: the letters do not fit the array, or a dimension does not divide over its mesh axes.
     """
-    placement = spec(letters, ACTIVATIONS)
+    placement = spec(letters, table)
     if len(letters) != value.ndim:
         raise ValueError(f"{letters} names {len(letters)} dimensions of an array of shape {value.shape}")
     mesh = jax.sharding.get_abstract_mesh()
@@ -115,6 +158,46 @@ def constrain(value: jax.Array, letters: str) -> jax.Array:
         if size % ways:
             raise ValueError(f"dimension {letter}={size} of {letters} does not divide over {ways} devices")
     return jax.lax.with_sharding_constraint(value, placement)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(value: jax.Array, letters: str) -> jax.Array:
+    """A parameter as products take it: whole where parameters are split over fsdp; its gradient is split again."""
+    return constrain(value, letters)
+
+
+def _gather(value: jax.Array, letters: str) -> tuple[jax.Array, None]:
+    return constrain(value, letters), None
+
+
+def _scatter(letters: str, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (constrain(gradient, letters, PARAMETERS),)
+
+
+gathered.defvjp(_gather, _scatter)
+
+
+def per_replica(function: Callable[..., T], params: object, batch: dict, *rest: object) -> T:
+    """The sum over replicas of `function(params, batch, *rest)`, each on its own rows; then replicas meet once.
+
+    Args:
+        function: gives a tree of arrays that add up over rows.
+        params: the same in each replica.
+        batch: arrays of `[W, L]`.
+        rest: the same in each replica.
+    """
+    replicas = ways("W") // ways("B")
+    if replicas == 1:
+        return function(params, batch, *rest)
+    parts = jax.tree.map(lambda values: values.reshape(replicas, -1, *values.shape[1:]), batch)
+    each = jax.vmap(function, in_axes=(None, 0, *(None for _ in rest)), spmd_axis_name="replica")
+    return jax.tree.map(lambda values: values.sum(axis=0), each(params, parts, *rest))
+
+
+def ways(letter: str) -> int:
+    """Over how many devices of the mesh in force the table of activations splits a dimension; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _ways(spec(letter, ACTIVATIONS), mesh)[0]
 
 
 def _ways(placement: PartitionSpec, mesh: jax.sharding.Mesh | AbstractMesh) -> list[int]:
@@ -159,19 +242,19 @@ def shardings(tree: T, mesh: jax.sharding.Mesh | AbstractMesh) -> T:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def batch_sharding(mesh: jax.sharding.Mesh | AbstractMesh, letters: str = "BL") -> NamedSharding:
+def batch_sharding(mesh: jax.sharding.Mesh | AbstractMesh, letters: str = "WL") -> NamedSharding:
     """The sharding of a batch's arrays."""
     return NamedSharding(mesh, spec(letters, ACTIVATIONS))
 
 
 def row_ways(mesh: jax.sharding.Mesh | AbstractMesh) -> int:
     """Over how many devices the rows of a batch are split."""
-    return _ways(spec("B", ACTIVATIONS), mesh)[0]
+    return _ways(spec("W", ACTIVATIONS), mesh)[0]
 
 
 def local_rows(mesh: jax.sharding.Mesh, num_rows: int) -> list[int]:
     """Which rows of a batch of `num_rows` lie on devices of this process, in order."""
-    placement = batch_sharding(mesh, "B").addressable_devices_indices_map((num_rows,))
+    placement = batch_sharding(mesh, "W").addressable_devices_indices_map((num_rows,))
     return sorted({row for index in placement.values() if index for row in range(num_rows)[index[0]]})
 
 

@@ -56,7 +56,7 @@ def test_a_plan_needs_no_data_and_no_devices(folders):
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
-    with pytest.raises(ExperimentError, match="is larger than the 4 devices"):
+    with pytest.raises(ExperimentError, match=r"does not make up 4 devices; use mesh\.fsdp=4"):
         planning.make_plan(small(mesh__fsdp=8), 4)
 
 

@@ -110,7 +110,7 @@ def test_a_vocabulary_that_cannot_be_filled_is_one_line_and_status_2(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--devices", "cpu:8", "--set", "mesh.data=16"), "is larger than the 8 devices here; use a smaller mesh"),
+        (("--devices", "cpu:8", "--set", "mesh.data=16"), "does not make up 8 devices; use mesh.data=8"),
         (("--devices", "cpu:8", "--set", "mesh.fsdp=3"), "model.embed_dim=128 does not divide over mesh.fsdp=3"),
         (("--process-count", "2"), "--process-count=2 has no --coordinator; give HOST:PORT of process 0"),
         (

@@ -12,8 +12,9 @@ from tests.conftest import small
 
 
 def test_letters_become_mesh_axes():
-    assert spec("DHK", PARAMETERS) == PartitionSpec("fsdp", "tensor", None)
-    assert spec("BLD", ACTIVATIONS) == PartitionSpec(("data", "fsdp"), None, None)
+    assert spec("DHK", PARAMETERS) == PartitionSpec(("fsdp", "sequence"), "tensor", None)
+    assert spec("BLD", ACTIVATIONS) == PartitionSpec(("data", "fsdp"), "sequence", None)
+    assert spec("WR", ACTIVATIONS) == PartitionSpec(("replica", "data", "fsdp"), ("sequence", "tensor"))
 
 
 def test_an_unknown_letter_and_an_axis_used_twice_are_errors():
@@ -44,19 +45,27 @@ def test_constrain_is_strict_with_and_without_a_mesh():
 
 @pytest.mark.parametrize(
     ("mesh", "devices", "sizes"),
-    [((-1, 1, 1), 8, (8, 1, 1)), ((2, -1, 2), 8, (2, 2, 2)), ((1, 1, 1), 1, (1, 1, 1)), ((-1, 8, 1), 8, (1, 8, 1))],
+    [
+        (Mesh(), 8, (1, 8, 1, 1, 1)),
+        (Mesh(data=2, fsdp=-1, tensor=2), 8, (1, 2, 2, 1, 2)),
+        (Mesh(data=1), 1, (1, 1, 1, 1, 1)),
+        (Mesh(fsdp=8), 8, (1, 1, 8, 1, 1)),
+        (Mesh(replica=-1, data=2, sequence=2), 8, (2, 2, 1, 2, 1)),
+    ],
 )
 def test_what_is_left_fills_the_mesh(mesh, devices, sizes):
-    data, fsdp, tensor = mesh
-    assert tuple(mesh_sizes(Mesh(data=data, fsdp=fsdp, tensor=tensor), devices).values()) == sizes
+    assert tuple(mesh_sizes(mesh, devices).values()) == sizes
 
 
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        (Mesh(data=16), "is larger than the 8 devices here"),
-        (Mesh(data=-1, fsdp=3), "does not make up the 8 devices here; use sizes whose product divides them"),
-        (Mesh(data=4), "does not make up the 8 devices here; set one of the sizes to -1"),
+        (Mesh(data=16), "mesh=data 16 does not make up 8 devices; use mesh.data=8, or -1 in place of a size"),
+        (Mesh(fsdp=3), "mesh=data -1 x fsdp 3 does not make up 8 devices; use mesh.fsdp=2 or mesh.fsdp=4"),
+        (Mesh(data=4), "use mesh.data=8, or -1 in place of a size"),
+        (Mesh(data=2, fsdp=2, tensor=4), "use mesh.data=1, or mesh.fsdp=1, or mesh.tensor=2, or -1 in place of a size"),
+        (Mesh(data=3, fsdp=5), "mesh=data 3 x fsdp 5 does not make up 8 devices; use sizes whose product is 8"),
+        (Mesh(fsdp=5, tensor=3), "use sizes whose product divides 8"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_machine_is_the_users_mistake(mesh, message):

@@ -183,8 +183,8 @@ class Training:
     """Largest global norm of the gradient."""
     z_loss: float = 0.0
     """Weight of the squared log-normaliser in the objective; the reported loss is without it."""
-    loss_chunk_tokens: int = 256
-    """Positions of a row whose logits exist at one time."""
+    loss_chunk_entries: int = 8192
+    """Entries of the vocabulary whose logits exist at one time, if so many divide it."""
     seed: int = 0
     """Seeds the parameters and the order of rows."""
     deterministic: bool = False
@@ -238,12 +238,16 @@ class Span:
 class Mesh:
     """How devices are arranged; -1, at most once, stands for what is left."""
 
+    replica: int = 1
+    """Copies of the parameters behind a slow network, between slices or islands: gradients cross it once a step."""
     data: int = -1
     """Devices that hold copies of the parameters and split the batch."""
     fsdp: int = 1
     """Devices that split the parameters and the batch."""
+    sequence: int = 1
+    """Devices that split the parameters and the length of rows."""
     tensor: int = 1
-    """Devices that split heads, feed-forward width and vocabulary."""
+    """Devices that split heads, feed-forward width and vocabulary, and the length of rows between blocks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """What can be known to be wrong from an experiment's values alone, on any machine and without a device."""
 
 import collections
+import dataclasses
 import itertools
 import math
 import re
@@ -15,6 +16,7 @@ NUM_SPECIAL_TOKENS = 3
 _BYTE_VOCABULARY = 256 + NUM_SPECIAL_TOKENS
 _MAX_ROWS = 2**32 - 1
 _MAX_SEED = 2**31 - 1
+_SPLIT_BY_TENSOR = ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
 
 
 def check_types(experiment: Experiment) -> list[str]:
@@ -122,7 +124,7 @@ def _source(path: str, source: Source) -> Iterator[str]:
 
 def _training(experiment: Experiment) -> Iterator[str]:
     training, length = experiment.training, experiment.data.sequence_length
-    positive = ("tokens", "batch_tokens", "accumulation_steps", "loss_chunk_tokens")
+    positive = ("tokens", "batch_tokens", "accumulation_steps", "loss_chunk_entries")
     for field in positive:
         yield from _at_least(f"training.{field}", getattr(training, field), 1)
     for field in ("weight_decay", "z_loss", "seed"):
@@ -148,18 +150,15 @@ def _training(experiment: Experiment) -> Iterator[str]:
 
 def _batches(experiment: Experiment) -> Iterator[str]:
     training = experiment.training
-    batch_tokens, batch_field, length_field = training.batch_tokens, "training.batch_tokens", "data.sequence_length"
+    batch_tokens = training.batch_tokens
     for span in _valid_spans(experiment):
-        stage = experiment.stages[span.number - 1] if span.number else None
-        if stage and stage.batch_tokens is not None:
-            batch_tokens, batch_field = stage.batch_tokens, f"stages[{span.number - 1}].batch_tokens"
-        if stage and stage.sequence_length is not None:
-            length_field = f"stages[{span.number - 1}].sequence_length"
+        if span.number and (changed := experiment.stages[span.number - 1].batch_tokens) is not None:
+            batch_tokens = changed
         length = span.sequence_length
         if batch_tokens % length:
-            lower = batch_tokens // length * length
-            fits = " or ".join(str(size) for size in (lower, lower + length) if size)
-            yield f"{batch_field}={batch_tokens} is not a multiple of {length_field}={length}; use {fits}"
+            fits = " or ".join(map(str, _near(batch_tokens, length)))
+            field, length_field = (_field_of(experiment, span, name) for name in ("batch_tokens", "sequence_length"))
+            yield f"{field}={batch_tokens} is not a multiple of {length_field}={length}; use {fits}"
         elif span.batch_rows % training.accumulation_steps:
             yield (
                 f"training.accumulation_steps={training.accumulation_steps} does not divide the "
@@ -233,34 +232,69 @@ def _schedule(experiment: Experiment) -> Iterator[str]:
 
 
 def _mesh(experiment: Experiment) -> Iterator[str]:
-    mesh, model = experiment.mesh, experiment.model
-    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    mesh = experiment.mesh
+    sizes = dataclasses.asdict(mesh)
     for axis, size in sizes.items():
         if size < 1 and size != -1:
             yield f"mesh.{axis}={size} is no number of devices; use 1 or more, or -1 for what is left"
     if list(sizes.values()).count(-1) > 1:
         yield f"mesh={sizes} has more than one -1; give all sizes but one"
-    divided = {
-        "tensor": ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"),
-        "fsdp": ("embed_dim",),
-    }
-    for axis, fields in divided.items():
-        for field in fields:
-            value, size = getattr(model, field), sizes[axis]
-            if size > 1 and value % size:
+    divided: list[tuple[str, int, tuple[str, ...]]] = []
+    divided += [(f"model.{f}", getattr(experiment.model, f), ("tensor",)) for f in _SPLIT_BY_TENSOR]
+    divided.append(("model.embed_dim", experiment.model.embed_dim, ("fsdp", "sequence")))
+    if experiment.data.sequence_length > 0:
+        for span in _valid_spans(experiment):
+            field = _field_of(experiment, span, "sequence_length")
+            divided.append((field, span.sequence_length, ("sequence", "tensor")))
+            if mesh.sequence > 1 and span.sequence_length % (2 * mesh.sequence):
                 yield (
-                    f"model.{field}={value} does not divide over mesh.{axis}={size}; "
-                    f"use a mesh.{axis} that divides {value}"
+                    f"{field}={span.sequence_length} does not divide into two pieces for each of mesh.sequence="
+                    f"{mesh.sequence}; use {' or '.join(map(str, _near(span.sequence_length, 2 * mesh.sequence)))}"
                 )
-    ways = mesh.data * mesh.fsdp * experiment.training.accumulation_steps
-    if min(mesh.data, mesh.fsdp, experiment.data.sequence_length, ways) <= 0:
+    for field, value, axes in dict.fromkeys(divided):
+        ways = math.prod(max(sizes[axis], 1) for axis in axes)
+        if value > 0 and value % ways:
+            yield f"{field}={value} does not divide over {_product(sizes, axes)}; use {_divisors_near(value, ways)}"
+    yield from _rows_over_mesh(experiment)
+
+
+def _rows_over_mesh(experiment: Experiment) -> Iterator[str]:
+    sizes = dataclasses.asdict(experiment.mesh)
+    axes = ("replica", "data", "fsdp")
+    ways = math.prod(sizes[axis] for axis in axes) * experiment.training.accumulation_steps
+    if min(*(sizes[axis] for axis in axes), experiment.data.sequence_length, ways) <= 0:
         return
     for span in _valid_spans(experiment):
         if span.batch_rows % ways:
-            nearest = -(-span.batch_rows // ways) * ways * span.sequence_length
-            stage = experiment.stages[span.number - 1] if span.number else None
-            field = f"stages[{span.number - 1}]" if stage and stage.batch_tokens is not None else "training"
+            rows = _near(span.batch_rows, ways)
             yield (
-                f"{field}.batch_tokens={span.batch_rows * span.sequence_length} is {span.batch_rows} rows and does not "
-                f"divide over mesh.data x mesh.fsdp x accumulation_steps = {ways}; use {nearest}"
+                f"{_field_of(experiment, span, 'batch_tokens')}={span.batch_rows * span.sequence_length} is "
+                f"{span.batch_rows} rows and does not divide over {_product(sizes, axes)}"
+                f" x accumulation_steps {experiment.training.accumulation_steps} = {ways}; "
+                f"use {' or '.join(str(number * span.sequence_length) for number in rows)}"
             )
+
+
+def _field_of(experiment: Experiment, span: Span, name: str) -> str:
+    """The field that gives a stage its row length or its batch."""
+    set_in = [i for i, stage in enumerate(experiment.stages[: span.number]) if getattr(stage, name) is not None]
+    first = "data.sequence_length" if name == "sequence_length" else "training.batch_tokens"
+    return f"stages[{set_in[-1]}].{name}" if set_in else first
+
+
+def _product(sizes: dict[str, int], axes: tuple[str, ...]) -> str:
+    """The axes that split something, with their sizes."""
+    return " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1) or "one device"
+
+
+def _near(value: int, factor: int) -> list[int]:
+    """The multiples of a factor that are nearest to a value, from below and above."""
+    below = value // factor * factor
+    return [multiple for multiple in (below, below + factor) if multiple > 0]
+
+
+def _divisors_near(value: int, ways: int) -> str:
+    """The divisors of a value that are nearest to a number of devices, from below and above."""
+    divisors = [d for d in range(1, value + 1) if value % d == 0]
+    near = [max(d for d in divisors if d <= ways), *[d for d in divisors if d > ways][:1]]
+    return " or ".join(map(str, near)) + " devices"

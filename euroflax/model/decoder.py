@@ -12,8 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from euroflax.experiment import Model
+from euroflax.model.attention import balanced, in_order
 from euroflax.model.layers import Layer, LayerCache, rms_norm
-from euroflax.sharding import constrain
+from euroflax.sharding import constrain, gathered
+
+INPUTS = ("tokens_BL", "segment_ids_BL", "positions_BL")
+"""What the model reads of a batch."""
 
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -51,25 +55,35 @@ def hidden(config: Model, params: dict, batch: dict) -> Float[Array, "B L D"]:
     Args:
         config: the model.
         params: as `init` makes them.
-        batch: `tokens_BL`, `segment_ids_BL` and `positions_BL`, int32.
+        batch: `tokens_BL`, `segment_ids_BL` and `positions_BL`, int32; where devices share rows, their places lie as
+            `attention.balanced` has them, and so do those of the result.
     """
-    x_BLD = _embed(config, params, batch)
+    x_BRD = constrain(_embed(config, params, batch), "BRD")
+    layers = _in_compute_type(config, params["layers"])
 
-    def layer(x_BLD: jax.Array, layer_params: dict) -> jax.Array:
-        return _apply_layer(config, layer_params, x_BLD, batch, None)[0]
+    def layer(x_BRD: jax.Array, layer_params: dict) -> jax.Array:
+        return _apply_layer(config, layer_params, x_BRD, batch, None)[0]
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[config.remat])
     if _unrolled(config):
         for i in range(config.num_layers):
-            x_BLD = layer(x_BLD, jax.tree.map(operator.itemgetter(i), params["layers"]))
+            x_BRD = layer(x_BRD, jax.tree.map(operator.itemgetter(i), layers))
     else:
-        x_BLD, _ = jax.lax.scan(lambda x, layer_params: (layer(x, layer_params), None), x_BLD, params["layers"])
-    return rms_norm(x_BLD, params["final_norm_D"], config.norm_epsilon)
+        x_BRD, _ = jax.lax.scan(lambda x, layer_params: (layer(x, layer_params), None), x_BRD, layers)
+    return constrain(rms_norm(x_BRD, params["final_norm_D"], config.norm_epsilon), "BLD")
+
+
+def _in_compute_type(config: Model, layers: dict) -> dict:
+    """The layers with their matrices in the compute type, before devices gather them: half of the bytes to move."""
+    return jax.tree.map(lambda p: p.astype(config.compute_dtype) if p.ndim > 2 else p, layers)
 
 
 def _embed(config: Model, params: dict, batch: dict) -> jax.Array:
-    return constrain(params["embedding_VD"].astype(jnp.dtype(config.compute_dtype))[batch["tokens_BL"]], "BLD")
+    """The embeddings of the tokens: each device looks up its part of the width for the rows of all that share it."""
+    embedding_VE = params["embedding_VD"].astype(jnp.dtype(config.compute_dtype))
+    x_YSE = constrain(embedding_VE[constrain(batch["tokens_BL"], "YS")], "YSE")
+    return constrain(x_YSE, "BLD")
 
 
 def _apply_layer(
@@ -139,11 +153,22 @@ def _unrolled(config: Model) -> bool:
 
 def project(config: Model, params: dict, hidden_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
     """The logits of hidden states, float32."""
-    kernel_DV = params["embedding_VD"].T if config.tied_output else params["output_DV"]
-    logits_BLV = jnp.einsum("BLD,DV->BLV", hidden_BLD, kernel_DV.astype(hidden_BLD.dtype))
-    return constrain(logits_BLV.astype(jnp.float32), "BLV")
+    kernel_DV = gathered(output_kernel(config, params).astype(hidden_BLD.dtype), "DV")
+    return constrain(jnp.einsum("BLD,DV->BLV", hidden_BLD, kernel_DV).astype(jnp.float32), "BLV")
+
+
+def output_kernel(config: Model, params: dict) -> Float[Array, "D V"]:
+    """What hidden states are multiplied by to give logits."""
+    return params["embedding_VD"].T if config.tied_output else params["output_DV"]
 
 
 def apply(config: Model, params: dict, batch: dict) -> Float[Array, "B L V"]:
-    """The logits of the next token at each position, float32; `hidden` says what `batch` holds."""
-    return project(config, params, hidden(config, params, batch))
+    """The logits of the next token at each position, float32.
+
+    Args:
+        config: the model.
+        params: as `init` makes them.
+        batch: `tokens_BL`, `segment_ids_BL` and `positions_BL`, int32.
+    """
+    laid = {name: balanced(batch[name]) for name in INPUTS}
+    return project(config, params, in_order(hidden(config, params, laid)))

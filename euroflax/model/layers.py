@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from euroflax.experiment import Model
-from euroflax.model.attention import attend
-from euroflax.sharding import constrain
+from euroflax.model.attention import attend, cached_attention
+from euroflax.sharding import constrain, gathered
 
 
 def residual_std(config: Model) -> float:
@@ -71,22 +71,23 @@ class Attention(nn.Module):
         o_HKD = self.param(
             "output_HKD", nn.initializers.normal(residual_std(c)), (c.num_heads, c.head_dim, c.embed_dim)
         )
-        q_BLHK = constrain(jnp.einsum("BLD,DHK->BLHK", x_BLD, w_DHK.astype(dtype)), "BLHK")
-        k_BLGK = constrain(jnp.einsum("BLD,DGK->BLGK", x_BLD, k_DGK.astype(dtype)), "BLGK")
-        v_BLGK = constrain(jnp.einsum("BLD,DGK->BLGK", x_BLD, v_DGK.astype(dtype)), "BLGK")
+        q_BLHK = constrain(jnp.einsum("BLD,DHK->BLHK", x_BLD, gathered(w_DHK.astype(dtype), "DHK")), "BLHK")
+        k_BLGK = constrain(jnp.einsum("BLD,DGK->BLGK", x_BLD, gathered(k_DGK.astype(dtype), "DGK")), "BLGK")
+        v_BLGK = constrain(jnp.einsum("BLD,DGK->BLGK", x_BLD, gathered(v_DGK.astype(dtype), "DGK")), "BLGK")
         if c.qk_norm:
             q_BLHK = rms_norm(q_BLHK, self.param("query_norm_K", nn.initializers.ones, (c.head_dim,)), c.norm_epsilon)
             k_BLGK = rms_norm(k_BLGK, self.param("key_norm_K", nn.initializers.ones, (c.head_dim,)), c.norm_epsilon)
         q_BLHK = rotate(q_BLHK, positions_BL, c.rope_theta)
         k_BLGK = rotate(k_BLGK, positions_BL, c.rope_theta)
         if cache is None:
-            y_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL, segment_ids_BL)
+            y_BLHK = attend(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)
         else:
             cache = _extended(cache, k_BLGK, v_BLGK)
-            y_BLHK = attend(
+            y_BLHK = cached_attention(
                 q_BLHK, cache.keys_BSGK, cache.values_BSGK, segment_ids_BL, cache.segment_ids_BS, cache.start
             )
-        return constrain(jnp.einsum("BLHK,HKD->BLD", constrain(y_BLHK, "BLHK"), o_HKD.astype(dtype)), "BLD"), cache
+        y_BLHK = constrain(y_BLHK, "BLHK")
+        return jnp.einsum("BLHK,HKD->BLD", y_BLHK, gathered(o_HKD.astype(dtype), "HKD")), cache
 
 
 def _extended(cache: LayerCache, k_BLGK: jax.Array, v_BLGK: jax.Array) -> LayerCache:
@@ -109,9 +110,9 @@ class FeedForward(nn.Module):
         gate_DF = self.param("gate_DF", init, (c.embed_dim, c.mlp_dim))
         up_DF = self.param("up_DF", init, (c.embed_dim, c.mlp_dim))
         down_FD = self.param("down_FD", nn.initializers.normal(residual_std(c)), (c.mlp_dim, c.embed_dim))
-        gate_BLF = constrain(jnp.einsum("BLD,DF->BLF", x_BLD, gate_DF.astype(dtype)), "BLF")
-        up_BLF = constrain(jnp.einsum("BLD,DF->BLF", x_BLD, up_DF.astype(dtype)), "BLF")
-        return constrain(jnp.einsum("BLF,FD->BLD", jax.nn.silu(gate_BLF) * up_BLF, down_FD.astype(dtype)), "BLD")
+        gate_BLF = constrain(jnp.einsum("BLD,DF->BLF", x_BLD, gathered(gate_DF.astype(dtype), "DF")), "BLF")
+        up_BLF = constrain(jnp.einsum("BLD,DF->BLF", x_BLD, gathered(up_DF.astype(dtype), "DF")), "BLF")
+        return jnp.einsum("BLF,FD->BLD", jax.nn.silu(gate_BLF) * up_BLF, gathered(down_FD.astype(dtype), "FD"))
 
 
 class Layer(nn.Module):
@@ -122,16 +123,23 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x_BLD: Float[Array, "B L D"],
+        x_BRD: Float[Array, "B L D"],
         segment_ids_BL: Int[Array, "B L"],
         positions_BL: Int[Array, "B L"],
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B L D"], LayerCache | None]:
-        """The residual stream after the layer, and its cache."""
+        """The residual stream after the layer, and its cache.
+
+        Between the parts of a layer the places of rows are split over the tensor axis as well (Korthikanti et al.,
+        "Reducing activation recomputation in large transformer models", 2022); new tokens behind a cache are few and
+        are not.
+        """
+        residual = "BRD" if cache is None else "BLD"
         c, ones = self.config, nn.initializers.ones
         attention_norm_D = self.param("attention_norm_D", ones, (c.embed_dim,))
         mlp_norm_D = self.param("mlp_norm_D", ones, (c.embed_dim,))
-        normed_BLD = rms_norm(x_BLD, attention_norm_D, c.norm_epsilon)
+        normed_BLD = constrain(rms_norm(x_BRD, attention_norm_D, c.norm_epsilon), "BLD")
         change_BLD, cache = Attention(c, name="attention")(normed_BLD, segment_ids_BL, positions_BL, cache)
-        x_BLD = x_BLD + change_BLD
-        return x_BLD + FeedForward(c, name="mlp")(rms_norm(x_BLD, mlp_norm_D, c.norm_epsilon)), cache
+        x_BRD = x_BRD + constrain(change_BLD, residual)
+        normed_BLD = constrain(rms_norm(x_BRD, mlp_norm_D, c.norm_epsilon), "BLD")
+        return x_BRD + constrain(FeedForward(c, name="mlp")(normed_BLD), residual), cache

@@ -19,7 +19,7 @@ def next_token(declared: Experiment, params: dict, batch: dict, total_weight: ja
     Returns:
         The objective, and `loss` (nats, without z-loss), `loss_sum_M` and `weight_M` by language.
     """
-    nats_BL, normaliser_BL = model.token_losses(declared.model, params, batch, declared.training.loss_chunk_tokens)
+    nats_BL, normaliser_BL = model.token_losses(declared.model, params, batch, declared.training.loss_chunk_entries)
     weights_BL = batch["loss_weights_BL"]
     num_languages = len(declared.language_codes)
     loss = jnp.sum(nats_BL * weights_BL) / total_weight

@@ -9,7 +9,7 @@ import optax
 
 from euroflax import model
 from euroflax.experiment import Experiment, Span
-from euroflax.sharding import constrain, shardings
+from euroflax.sharding import constrain, per_replica, shardings
 from euroflax.training.objectives import next_token
 from euroflax.training.optimizer import learning_rate, make_optimizer
 
@@ -55,7 +55,7 @@ def train_step(declared: Experiment, span: Span, state: TrainState, batch: dict)
     """
     training = declared.training
     total_weight = jnp.maximum(jnp.sum(batch["loss_weights_BL"]), 1.0)
-    gradients, metrics = _gradients(declared, state.params, batch, total_weight)
+    gradients, metrics = per_replica(functools.partial(_gradients, declared), state.params, batch, total_weight)
     rows = min(span.batch_rows, span.stop_row - span.first_row)
     left = jnp.uint32(span.stop_row) - state.position
     position = state.position + jnp.minimum(jnp.uint32(rows), left)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from euroflax import model
+from euroflax import model, sharding
 from euroflax.model import attention
 from euroflax.model.layers import rms_norm, rotate
 from tests.conftest import assert_trees_close, small
@@ -76,38 +76,73 @@ def test_a_packed_document_has_the_logits_it_has_alone():
 
 
 def plain_attention(q, k, v, segments):
-    out = np.zeros(q.shape, np.float64)
-    per_group = q.shape[2] // k.shape[2]
-    for b, i, h in np.ndindex(q.shape[:3]):
-        seen = [j for j in range(i + 1) if segments[b, j] == segments[b, i]]
-        scores = np.array([q[b, i, h] @ k[b, j, h // per_group] for j in seen]) / q.shape[3] ** 0.5
-        weights = np.exp(scores - scores.max())
-        out[b, i, h] = (weights / weights.sum()) @ np.array([v[b, j, h // per_group] for j in seen])
-    return out
+    """Attention by its definition, float32: whole scores, and autodiff through them."""
+    length, per_group = q.shape[1], q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, per_group, axis=2) for x in (k, v))
+    scores = jnp.einsum("bihk,bjhk->bhij", q, k) / q.shape[3] ** 0.5
+    seen = (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((length, length), bool))
+    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhij,bjhk->bihk", weights, v)
 
 
-def test_attention_agrees_with_a_plain_one_within_segments_and_groups():
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(2, 12, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
-    segments = np.asarray(batch(boundaries=(3, 8))["segment_ids_BL"])
-    found = jax.jit(attention.attend)(*map(jnp.asarray, (q, k, v, segments, segments)))
-    np.testing.assert_allclose(found, plain_attention(q, k, v, segments), atol=1e-5)
-
-
-def test_attention_in_blocks_has_the_values_and_gradients_of_the_whole(monkeypatch):
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, 32, heads, 8)), jnp.float32) for heads in (4, 2, 2))
-    segments = jnp.asarray(np.repeat([[1] * 13 + [2] * 10 + [3] * 9], 2, axis=0))
-
+def values_and_gradients(attend, q, k, v, segments):
     def loss(q, k, v):
-        out = attention.attend(q, k, v, segments, segments)
+        out = attend(q, k, v, segments)
         return jnp.sum(out**3), out
 
-    whole = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
-    monkeypatch.setattr(attention, "_BLOCK_LENGTH", 8)
-    blocks = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(blocks), strict=True):
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+
+
+def attention_inputs(length):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, length, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    lengths = (13, 10, length - 23)
+    return q, k, v, jnp.asarray(np.stack([np.repeat([1, 2, 3], lengths), np.repeat([1, 2, 3], lengths[::-1])]))
+
+
+@pytest.mark.parametrize("block", [512, 8])
+def test_attention_has_the_values_and_gradients_of_a_plain_one_within_segments_and_groups(monkeypatch, block):
+    monkeypatch.setattr(attention, "_BLOCK_LENGTH", block)
+    inputs = attention_inputs(32)
+    expected, found = (values_and_gradients(attend, *inputs) for attend in (plain_attention, attention.attend))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("sequence", "tensor"), [(4, 2), (2, 1)])
+def test_attention_over_shared_rows_is_that_of_whole_rows(monkeypatch, sequence, tensor):
+    monkeypatch.setattr(attention, "_BLOCK_LENGTH", 4)
+    inputs = attention_inputs(32)
+    declared = small(mesh__data=1, mesh__fsdp=1, mesh__sequence=sequence, mesh__tensor=tensor)
+
+    order = np.repeat(attention._pieces(sequence), 32 // (2 * sequence)) * (32 // (2 * sequence))
+    order += np.tile(np.arange(32 // (2 * sequence)), 2 * sequence)
+
+    def shared(q, k, v, segments):
+        return attention.attend(*(x[:, order] for x in (q, k, v, segments)))[:, np.argsort(order)]
+
+    expected = values_and_gradients(plain_attention, *inputs)
+    with jax.set_mesh(sharding.make_mesh(declared, devices=jax.devices()[: sequence * tensor])):
+        found = values_and_gradients(shared, *inputs)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_each_device_meets_as_many_blocks_and_none_behind_its_queries(devices):
+    numbers, pairs = attention._block_table(64, devices, 4)
+    assert sorted(numbers) == list(range(16))
+    queries = numbers.reshape(devices, -1)
+    met = {(int(queries[d, i]), int(numbers[j])) for d in range(devices) for i, j in pairs[d]}
+    assert met == {(own, key) for own in range(16) for key in range(own + 1)}
+    assert pairs.shape == (devices, len(met) // devices, 2)
+
+
+@pytest.mark.parametrize(
+    ("length", "devices", "block"), [(4096, 1, 512), (4096, 2, 512), (96, 8, 6), (2 * 521, 1, 1042)]
+)
+def test_blocks_divide_the_pieces_of_a_row(length, devices, block):
+    assert attention._block_length(length, devices) == block
 
 
 def test_rotary_scores_depend_on_distance_alone():
@@ -168,10 +203,11 @@ def test_the_loss_never_holds_logits_of_the_whole_batch():
         shapes = [
             v.aval.shape for j in jaxprs(traced.jaxpr) for e in j.eqns for v in e.outvars if hasattr(v.aval, "shape")
         ]
-        return max(np.prod(shape[:-1]) for shape in shapes if len(shape) > 2 and shape[-1] == CONFIG.vocab_size)
+        return max(np.prod(shape) for shape in shapes if shape[:2] == (2, 12) and len(shape) == 4 and shape[2] == 1)
 
-    assert largest(chunk=3) == 2 * 3
-    assert largest(chunk=12) == largest(chunk=256) == 2 * 6
+    assert largest(chunk=128) == 2 * 12 * 128
+    assert largest(chunk=100) == 2 * 12 * 64  # the most that divides
+    assert largest(chunk=1000) == 2 * 12 * 512
 
 
 def test_losses_in_chunks_are_those_of_the_logits():
@@ -179,7 +215,7 @@ def test_losses_in_chunks_are_those_of_the_logits():
     logits = np.asarray(apply(CONFIG, weights, data), np.float64)
     normaliser = np.log(np.exp(logits).sum(-1))
     expected = normaliser - np.take_along_axis(logits, np.asarray(data["targets_BL"])[..., None], -1)[..., 0]
-    for chunk in (1, 5, 6, 100):
+    for chunk in (8, 100, 256, 1000):
         nats, found = token_losses(CONFIG, weights, data, chunk)
         np.testing.assert_allclose(nats, expected, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(found, normaliser, rtol=1e-4, atol=1e-4)

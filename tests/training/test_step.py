@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -12,13 +13,24 @@ from euroflax.training import step as steps
 from euroflax.training.step import TrainState, abstract_state, init_state, train_step
 from tests.conftest import assert_trees_close, small
 
+AXES = ("replica", "data", "fsdp", "sequence", "tensor")
 MESHES = [
-    {"mesh__data": 8},
-    {"mesh__fsdp": 8, "mesh__data": 1},
-    {"mesh__data": 4, "mesh__tensor": 2},
-    {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
-    {"mesh__fsdp": 4, "mesh__tensor": 2, "mesh__data": 1},
+    *({axis: 8} for axis in ("replica", "data", "fsdp")),
+    {"sequence": 8},
+    {"tensor": 2},
+    {"replica": 2, "data": 2, "fsdp": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 4, "tensor": 2},
+    {"fsdp": 2, "sequence": 4},
+    {"sequence": 4, "tensor": 2},
+    {"replica": 2, "sequence": 2, "tensor": 2},
+    {"replica": 2, "fsdp": 2, "tensor": 2},
+    {"data": 2, "sequence": 2, "tensor": 2},
 ]
+
+
+def meshed(sizes, **changes):
+    return small(**{f"mesh__{axis}": sizes.get(axis, 1) for axis in AXES}, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +43,8 @@ def batch(cache, tmp_path_factory):
 
 def on_mesh(declared, batch, function):
     """The result of `function(state, batch)` with the state and batch placed on the experiment's mesh."""
-    mesh = sharding.make_mesh(declared)
+    used = math.prod(dataclasses.asdict(declared.mesh).values())
+    mesh = sharding.make_mesh(declared, devices=jax.devices()[:used])
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(declared, mesh))
     with jax.set_mesh(mesh):
         state = jax.jit(functools.partial(init_state, declared), out_shardings=shardings)()
@@ -44,7 +57,8 @@ def first(declared):
 
 
 def gradients(declared, state, batch):
-    return steps._gradients(declared, state.params, batch, batch["loss_weights_BL"].sum())
+    part = functools.partial(steps._gradients, declared)
+    return sharding.per_replica(part, state.params, batch, batch["loss_weights_BL"].sum())
 
 
 def alone(declared, batch):
@@ -55,7 +69,7 @@ def alone(declared, batch):
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_sharded_loss_and_gradients_equal_unsharded(batch, mesh):
-    declared = small(**mesh, training__z_loss=1e-3)
+    declared = meshed(mesh, training__z_loss=1e-3, training__loss_chunk_entries=128)
     found = on_mesh(declared, batch, functools.partial(gradients, declared))
     assert_trees_close(alone(declared, batch), found, 2e-5)
 
@@ -69,7 +83,7 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(batch, parts):
 
 
 def test_accumulation_on_a_mesh_equals_the_large_batch(batch):
-    declared = small(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, training__accumulation_steps=2)
+    declared = meshed({"replica": 2, "fsdp": 2, "tensor": 2}, training__accumulation_steps=2)
     found = on_mesh(declared, batch, functools.partial(gradients, declared))
     assert_trees_close(alone(small(), batch), found, 2e-5)
 
