@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 
-from euroflax import bench, planning, report, tables, verbs
+from euroflax import bench, report, tables, verbs
 from euroflax.console import ConsoleDisplay, SilentDisplay
 from euroflax.experiment import Experiment
 from euroflax.folders import Folders
@@ -38,7 +38,7 @@ def _train(call: Call) -> None:
 def _check(call: Call) -> dict:
     found = verbs.check(call.declared, call.folders)
     files, size = (sum(source[name] for source in found["sources"]) for name in ("files", "file_bytes"))
-    call.display.note(f"files       {files:,} of {len(found['sources'])} sources, {planning.size(size)}")
+    call.display.note(f"files       {files:,} of {len(found['sources'])} sources, {tables.size(size)}")
     _tables(call, found["stages"])
     for line in found["withdrawn"]:
         call.display.note(line)
@@ -55,9 +55,11 @@ def _tables(call: Call, stages: list[dict]) -> None:
 def _plan(call: Call) -> dict:
     devices = call.options.devices
     count = None if devices is None else int(devices.partition(":")[2] or 1)
-    made = verbs.plan(call.declared, call.folders, count)
-    for line in planning.lines(made):
+    made = verbs.plan(call.declared, call.folders, count, call.options.on)
+    for line in tables.plan_lines(made):
         call.display.note(line)
+    if made.target is not None and made.collectives:
+        call.display.table(tables.collectives(made))
     _tables(call, made.stages)
     return made.to_json()
 

@@ -8,6 +8,7 @@ import re
 import socket
 import time
 
+from euroflax.accelerators import GPU_SHARE
 from euroflax.experiment import Experiment, ExperimentError
 
 _JOIN_SECONDS = 60
@@ -42,6 +43,7 @@ def set_up(declared: Experiment, devices: str | None, cache_dir: pathlib.Path, p
     _set_flags(declared)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
     import jax
 
     if devices is not None:
@@ -125,22 +127,3 @@ def _set_flags(declared: Experiment) -> None:
 
 def _jax_version() -> tuple[int, ...]:
     return tuple(map(int, importlib.metadata.version("jax").split(".")[:2]))
-
-
-_PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA GH200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 operations a second of a device, by its maker's data sheet; None where it is not known."""
-    matches = [name for name in _PEAK_FLOPS if device_kind.startswith(name)]
-    return _PEAK_FLOPS[max(matches, key=len)] if matches else None

@@ -30,6 +30,7 @@ VERBS = {
 _ON_DEVICES = ("train", "evaluate", "generate")
 _ONLY_FOR = {
     "json": ("check", "plan", "evaluate", "generate", "show", "bench"),
+    "on": ("plan",),
     "row": ("show",),
     "ledger": ("show",),
     "position": ("show",),
@@ -139,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_flags_of_verbs(parser: argparse.ArgumentParser) -> None:
+    plans = parser.add_argument_group("plan")
+    plans.add_argument("--on", metavar="TARGET", help="hardware that need not be here: v5p:8x8x8, h100:64x4")
     writing = parser.add_argument_group("generate")
     writing.add_argument("--prompt", action="append", metavar="TEXT", help="a text to continue; may be repeated")
     writing.add_argument("--max-new-tokens", type=int, metavar="N", help="the most tokens to write (64)")

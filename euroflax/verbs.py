@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from euroflax import evaluation, generation, huggingface, planning, sharding
+from euroflax import evaluation, generation, huggingface, planning, sharding, tables
 from euroflax.checkpoint import SavedParams, latest_step, open_latest
 from euroflax.console import SilentDisplay, evaluations_as_html
 from euroflax.data import documents, withdrawals
@@ -124,19 +124,33 @@ def prepare(
     return preparation.prepare(declared, folders, progress)
 
 
-def plan(declared: Experiment, folders: Folders, num_devices: int | None = None) -> planning.Plan:
-    """What the run will be on a number of devices; by default on as many as its mesh needs at least.
+def plan(
+    declared: Experiment, folders: Folders, num_devices: int | None = None, on: str | None = None
+) -> planning.Plan:
+    """What the run will be on a target or a number of devices; by default on as many as its mesh needs at least.
 
     The mixture is that of the stores where they are prepared, otherwise as declared.
+
+    Args:
+        declared: the experiment.
+        folders: where its stores are.
+        num_devices: devices that need not be here.
+        on: hardware that need not be here, such as `h100:64x4`; the step is compiled for it where that can be.
+
+    Raises:
+        ExperimentError: the mesh does not fit, or there is no such target.
     """
-    if num_devices is None:
+    target = None if on is None else planning.parse_target(on)
+    if target is not None:
+        num_devices = target.num_devices
+    elif num_devices is None:
         sizes = (getattr(declared.mesh, axis) for axis in sharding.AXES)
         num_devices = functools.reduce(lambda product, size: product * max(size, 1), sizes, 1)
     try:
-        prepared = preparation.open_prepared(declared, folders)
+        order = Rows(declared, preparation.open_prepared(declared, folders)).order
     except NotPrepared:
-        return planning.make_plan(declared, num_devices)
-    return planning.make_plan(declared, num_devices, Rows(declared, prepared).order)
+        order = None
+    return planning.make_plan(declared, num_devices, order, target)
 
 
 def train(
@@ -163,7 +177,7 @@ def train(
     display.note(_about_tokenizer(prepared))
     for line in about_withdrawn(prepared):
         display.note(line)
-    for line in planning.lines(planning.make_plan(declared, jax.device_count(), Rows(declared, prepared).order)):
+    for line in tables.plan_lines(planning.make_plan(declared, jax.device_count(), Rows(declared, prepared).order)):
         display.note(line)
     opens = functools.partial(huggingface.check_agreement, declared, folders.data_root, prepared.tokenizer)
     weights = None if declared.continue_from is None else opens

@@ -11,6 +11,7 @@ RANKS = {
     "languages": 0,
     "experiment": 1,
     "folders": 2,
+    "accelerators": 1,
     "devices": 2,
     "console": 2,
     "sharding": 3,
@@ -22,16 +23,16 @@ RANKS = {
     "evaluation": 6,
     "training": 7,
     "planning": 8,
-    "tables": 8,
+    "tables": 9,
     "report": 8,
-    "verbs": 9,
-    "bench": 9,
-    "interface": 10,
-    "commands": 10,
-    "run": 11,
+    "verbs": 10,
+    "bench": 10,
+    "interface": 11,
+    "commands": 11,
+    "run": 12,
     "sample": 0,
 }
-RANK_OF_PACKAGE_INIT = 12
+RANK_OF_PACKAGE_INIT = 13
 
 
 def part(path: pathlib.Path) -> str:

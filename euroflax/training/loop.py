@@ -14,17 +14,15 @@ from euroflax.data.ledger import ledger
 from euroflax.data.loader import Rows, batches
 from euroflax.data.prepare import Prepared
 from euroflax.data.tokenizer import Tokenizer
-from euroflax.experiment import Experiment, ExperimentError, Interrupted, Span, to_json
+from euroflax.experiment import Experiment, ExperimentError, Interrupted, to_json
 from euroflax.huggingface import Folder
 from euroflax.training.clock import Clock
 from euroflax.training.job import Display, Job, agree
 from euroflax.training.meter import Meter
 from euroflax.training.record import Record, differences, now
 from euroflax.training.samples import write_samples
-from euroflax.training.step import TrainState, abstract_state, init_state, train_step
+from euroflax.training.step import Step, TrainState, abstract_state, compile_step, init_state
 from euroflax.training.stop import Stop
-
-Step = Callable[[TrainState, dict], tuple[TrainState, dict]]
 
 
 def train(
@@ -139,7 +137,7 @@ def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState) -> Tra
             batch = sharding.place_batch(next(loader), job.mesh, mine(span.batch_rows), span.batch_rows)
         doing = "step" if span.number in steps else "compile"
         if span.number not in steps:
-            steps = {span.number: _compile_step(declared, span, shardings)}
+            steps = {span.number: compile_step(declared, span, shardings)}
         with job.clock.on(doing):
             state, metrics = steps[span.number](state, batch)
         step, position = step + 1, min(position + span.batch_rows, span.stop_row)
@@ -173,11 +171,6 @@ def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState) -> Tra
 
 def _is_due(step: int, every: int) -> bool:
     return step > 0 and step % every == 0
-
-
-def _compile_step(declared: Experiment, span: Span, shardings: TrainState) -> Step:
-    function = functools.partial(train_step, declared, span)
-    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _evaluate(job: Job, state: TrainState, step: int) -> None:

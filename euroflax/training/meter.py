@@ -6,7 +6,8 @@ import time
 import jax
 import numpy as np
 
-from euroflax import devices, model
+from euroflax import model
+from euroflax.accelerators import peak_flops
 from euroflax.experiment import RunFailed
 from euroflax.training.job import Job
 from euroflax.training.stop import Stop
@@ -20,7 +21,7 @@ class Meter:
         self._session = job.record.manifest["sessions"][-1]
         self._pending: list[tuple[dict, jax.Array | None]] = []
         self._clock = time.perf_counter()
-        peak = devices.peak_flops(jax.devices()[0].device_kind)
+        peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = None if peak is None else peak * jax.device_count()
 
     def dispatched(self, metrics: dict) -> bool:

@@ -1,6 +1,7 @@
 """The training step: a pure function `(state, batch) -> (state, metrics)`, and the state."""
 
 import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -24,6 +25,9 @@ class TrainState:
     """Rows consumed, uint32."""
     params: dict
     optimizer: optax.OptState
+
+
+Step = Callable[[TrainState, dict], tuple[TrainState, dict]]
 
 
 def init_state(declared: Experiment) -> TrainState:
@@ -65,6 +69,12 @@ def train_step(declared: Experiment, span: Span, state: TrainState, batch: dict)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
     metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": rate}
     return TrainState(state.step + 1, position, params, optimizer), metrics
+
+
+def compile_step(declared: Experiment, span: Span, shardings_of_state: TrainState) -> jax.stages.Wrapped:
+    """The step of a stage as a program, which takes over the memory of the state that it is given."""
+    function = functools.partial(train_step, declared, span)
+    return jax.jit(function, donate_argnums=0, out_shardings=(shardings_of_state, None))
 
 
 def _gradients(declared: Experiment, params: dict, batch: dict, total_weight: jax.Array) -> tuple[dict, dict]:

@@ -1,0 +1,73 @@
+"""The training step through the real compiler, for hardware that need not be here."""
+
+import dataclasses
+import re
+
+import jax
+
+from euroflax import sharding
+from euroflax.data.loader import empty_batch
+from euroflax.experiment import Experiment, RunFailed, Span
+from euroflax.planning.program import Program, read_program
+from euroflax.planning.targets import Target, devices_of
+from euroflax.training.step import abstract_state, compile_step
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a step on one device."""
+
+    memory_bytes: int
+    """All that the step needs at its peak."""
+    program: Program | None
+    """None where the compiler refused: it needs more memory than there is."""
+
+
+def compiled_step(declared: Experiment, span: Span, target: Target) -> Compiled:
+    """The step of a stage, compiled for a target.
+
+    Raises:
+        ExperimentError: the mesh does not make up the target's devices.
+        RunFailed: the compiler failed.
+    """
+    if declared.model.layer_loop == "auto":  # what it means elsewhere than on a CPU
+        declared = dataclasses.replace(declared, model=dataclasses.replace(declared.model, layer_loop="scan"))
+    mesh = sharding.make_mesh(declared, devices=devices_of(target))
+    assert isinstance(mesh, jax.sharding.Mesh)
+    state = abstract_state(declared, mesh)
+    placed = sharding.batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct((span.batch_rows, span.sequence_length), values.dtype, sharding=placed)
+        for name, values in empty_batch(1, 1, 0).items()
+    }
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    with jax.set_mesh(mesh):
+        lowered = compile_step(declared, span, shardings).lower(state, batch)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            return Compiled(_needed(str(error), target), None)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None
+    total = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    return Compiled(total, read_program(text, dict(mesh.shape)))
+
+
+def _needed(message: str, target: Target) -> int:
+    """The memory that the compiler says it would need.
+
+    Raises:
+        RunFailed: it did not fail for memory.
+    """
+    if "RESOURCE_EXHAUSTED" not in message:
+        raise RunFailed(f"the compiler failed for {target.name}: {message.splitlines()[0][:300]}")
+    sizes = re.findall(r"([\d.]+)\s*([KMGT]?)i?B?\b", message)
+    return max(int(float(size) * _UNITS[unit]) for size, unit in sizes if size.strip("."))
