@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 
-from euroflax import bench, report, tables, verbs
+from euroflax import bench, planning, report, tables, verbs
 from euroflax.console import ConsoleDisplay, SilentDisplay
 from euroflax.experiment import Experiment
 from euroflax.folders import Folders
@@ -38,7 +38,7 @@ def _train(call: Call) -> None:
 def _check(call: Call) -> dict:
     found = verbs.check(call.declared, call.folders)
     files, size = (sum(source[name] for source in found["sources"]) for name in ("files", "file_bytes"))
-    call.display.note(f"files       {files:,} of {len(found['sources'])} sources, {tables.size(size)}")
+    call.display.note(f"files       {files:,} of {len(found['sources'])} sources, {planning.size(size)}")
     _tables(call, found["stages"])
     for line in found["withdrawn"]:
         call.display.note(line)
@@ -56,7 +56,7 @@ def _plan(call: Call) -> dict:
     devices = call.options.devices
     count = None if devices is None else int(devices.partition(":")[2] or 1)
     made = verbs.plan(call.declared, call.folders, count, call.options.on)
-    for line in tables.plan_lines(made):
+    for line in planning.plan_lines(made):
         call.display.note(line)
     if made.target is not None and made.collectives:
         call.display.table(tables.collectives(made))

@@ -177,7 +177,7 @@ def train(
     display.note(_about_tokenizer(prepared))
     for line in about_withdrawn(prepared):
         display.note(line)
-    for line in tables.plan_lines(planning.make_plan(declared, jax.device_count(), Rows(declared, prepared).order)):
+    for line in planning.plan_lines(planning.make_plan(declared, jax.device_count(), Rows(declared, prepared).order)):
         display.note(line)
     opens = functools.partial(huggingface.check_agreement, declared, folders.data_root, prepared.tokenizer)
     weights = None if declared.continue_from is None else opens

@@ -26,7 +26,8 @@ def test_memory_is_what_the_devices_really_hold():
     assert made.memory_bytes["parameters"] == made.memory_bytes["gradients"] == held(state.params)
     assert made.memory_bytes["optimizer"] == held(state.optimizer)
     assert made.parameters == sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert made.memory_bytes["total"] == sum(v for k, v in made.memory_bytes.items() if k != "total")
+    parts = ("parameters", "optimizer", "gradients", "temporaries")
+    assert made.memory_bytes["total"] == sum(made.memory_bytes[part] for part in parts)
 
 
 def test_tokens_steps_and_epochs_are_those_of_the_run(folders):
@@ -46,7 +47,7 @@ def test_a_plan_needs_no_data_and_no_devices(folders):
     made = verbs.plan(load(ROOT / "experiments/7b_eu24.py"), folders)
     assert made.devices == 64 and 6.7e9 < made.parameters < 6.8e9
     assert made.memory_bytes["parameters"] == pytest.approx(4 * made.parameters / 64, rel=0.01)
-    text = "\n".join(planning.lines(made))
+    text = "\n".join(planning.plan_lines(made))
     assert "24 sources in 24 languages" in text and "33.33% (hplt3-en)" in text
     assert {row["size"] for row in made.stages[0]["sources"]} == {"declared"}
     assert {entry["size"] for entry in made.ledger} == {"declared"}

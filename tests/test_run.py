@@ -140,7 +140,7 @@ def test_check_plan_and_prepare_speak_json_or_lines(tmp_path):
     plan = json.loads(planned.stdout)
     assert planned.returncode == 0 and plan["devices"] == 64 and plan["method"] == "analytical"
     lines = run(TINY, "plan", "--devices", "cpu:4", *options(tmp_path)).stdout
-    assert "parameters" in lines and "devices     4 (data 4)" in lines
+    assert "parameters" in lines and "devices     4 devices (data 4), an analytical plan" in lines
     missing = run(ROOT / "experiments/7b_eu24.py", "check", *options(tmp_path))
     assert missing.returncode == 2 and len(missing.stderr.splitlines()) == 24
 

@@ -63,7 +63,7 @@ class Plan:
         return dataclasses.asdict(self)
 
     def _repr_html_(self) -> str:
-        from euroflax.tables import plan_lines
+        from euroflax.planning.lines import plan_lines
 
         rows = (line.partition(" ") for line in plan_lines(self))
         cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(text.strip())}</td></tr>" for name, _, text in rows)

@@ -16,6 +16,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.*)$")
+_OVER_MESH = re.compile(r"mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}")
 _NO_TRAFFIC = frozenset(
     [
         "parameter",
@@ -320,12 +321,17 @@ def _plain_sizes(shape: str) -> list[int]:
 @functools.lru_cache(maxsize=4096)
 def _ids(text: str, devices: int) -> tuple[int, ...]:
     """The devices of the first group."""
-    if (named := re.match(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}", text)) is not None:
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        grid = np.arange(devices).reshape(tuple(sizes.values()))
-        inside = re.findall(r"'(\w+)'", named[2])
-        index = tuple(slice(None) if name in inside else 0 for name in sizes)
-        return tuple(np.ravel(grid[index]).tolist())
+    if (named := _OVER_MESH.match(text)) is not None:
+        order = np.arange(devices)
+        if named[2]:
+            order = order.reshape(_dims(named[2])).transpose(_dims(named[3]) if named[3] else None)
+        inside = dict(re.findall(r"'(\w+)'(?::(\(\d+\)\d+))?", named[4]))
+        dims, index = [], []
+        for name, size in re.findall(r"'(\w+)'=(\d+)", named[1]):
+            before, within = map(int, re.findall(r"\d+", inside.get(name) or f"(1){size}"))
+            dims += [before, within, int(size) // before // within]
+            index += [0, slice(None) if name in inside else 0, 0]
+        return tuple(np.ravel(order.reshape(dims)[tuple(index)]).tolist())
     if (iota := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)) is not None:
         grid = np.arange(devices).reshape(_dims(iota[2]))
         if iota[3]:
@@ -333,7 +339,9 @@ def _ids(text: str, devices: int) -> tuple[int, ...]:
         return tuple(grid.reshape(_dims(iota[1]))[0].tolist())
     if (listed := re.match(r"\{\{([\d,]+)\}", text)) is not None:
         return tuple(_dims(listed[1]))
-    return tuple(range(devices))
+    if text.startswith("{}"):
+        return tuple(range(devices))
+    raise ValueError(f"cannot read the devices of a message: {text[:100]}")
 
 
 def _group(rest: str, devices: int) -> tuple[int, ...]:
@@ -342,7 +350,7 @@ def _group(rest: str, devices: int) -> tuple[int, ...]:
     if pairs is not None:
         return (int(pairs[1]), int(pairs[2]))
     at = rest.find("replica_groups=")
-    return _ids(rest[at + len("replica_groups=") :][:20_000], devices) if at >= 0 else tuple(range(devices))
+    return _ids(rest[at + len("replica_groups=") :], devices) if at >= 0 else tuple(range(devices))
 
 
 def _axes(ids: tuple[int, ...], mesh: dict[str, int]) -> str:

@@ -130,13 +130,7 @@ def devices_of(target: Target) -> list:
 
     if target.accelerator.platform == "tpu":
         # The library looks for the machine that it is on, and says so, unless it is told that there is none.
-        told = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
-        for name, value in {
-            **told,
-            "TPU_WORKER_ID": "0",
-            "TPU_STDERR_LOG_LEVEL": "3",
-            "TPU_MIN_LOG_LEVEL": "3",
-        }.items():
+        for name, value in _NO_TPU_HERE.items():
             os.environ.setdefault(name, value)
         options = {"chip_config_name": "megacore"} if target.accelerator.name == "v4" else {}
         found = topologies.get_topology_desc(topology_name=target.name, platform="tpu", **options)

@@ -146,13 +146,13 @@ def test_a_batch_cut_short_at_the_end_counts_its_rows(folders):
 
 def test_step_n_is_dispatched_before_the_metrics_of_the_one_before_are_read(folders, monkeypatch):
     order = []
-    compiled = loop._compile_step
+    compiled = loop.compile_step
 
     def counting(*given):
         step = compiled(*given)
         return lambda state, batch: (order.append("dispatch"), step(state, batch))[1]
 
-    monkeypatch.setattr(loop, "_compile_step", counting)
+    monkeypatch.setattr(loop, "compile_step", counting)
     display = StopAfter()
     display.step = lambda metrics, total: order.append(metrics["step"])
     verbs.train(small(evaluation__every_steps=100, checkpoint__every_steps=100), folders, display)
