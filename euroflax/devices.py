@@ -1,34 +1,19 @@
 """Devices and processes, set up once before anything computes: platform, compiler flags, compiled-program cache."""
 
-import dataclasses
 import importlib.metadata
+import logging
 import os
 import pathlib
-import re
-import socket
-import time
 
 from euroflax.accelerators import GPU_SHARE
 from euroflax.experiment import Experiment, ExperimentError
+from euroflax.processes import Processes, check, join
 
-_JOIN_SECONDS = 60
 _ONEDNN = "--xla_cpu_experimental_onednn_custom_call"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Processes:
-    """The processes of a job, where no scheduler says them."""
-
-    coordinator: str | None = None
-    """HOST:PORT of process 0; None for a job of one process."""
-    process_id: int = 0
-    """Number of this process."""
-    process_count: int = 1
-    """Number of processes."""
-
-
-def set_up(declared: Experiment, devices: str | None, cache_dir: pathlib.Path, processes: Processes) -> None:
-    """Configures JAX for this process; to be called before JAX is first asked for a device.
+def set_up(declared: Experiment, devices: str | None, cache_dir: pathlib.Path, processes: Processes) -> Processes:
+    """Configures JAX for this process; to be called before JAX is first asked for a device. Returns the job joined.
 
     Args:
         declared: its compute type and determinism choose compiler flags.
@@ -39,7 +24,7 @@ def set_up(declared: Experiment, devices: str | None, cache_dir: pathlib.Path, p
     Raises:
         ExperimentError: `devices` names nothing that can be simulated, or the coordinator cannot be reached.
     """
-    _check(processes)
+    check(processes)
     _set_flags(declared)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -59,57 +44,14 @@ def set_up(declared: Experiment, devices: str | None, cache_dir: pathlib.Path, p
                     f"devices={devices} comes too late: JAX already has {jax.device_count()} {jax.default_backend()} "
                     "devices; ask for it first, in a fresh interpreter"
                 ) from error
-    if processes.coordinator is not None:
-        _join(processes)
+    if not pathlib.Path("/dev/nvidiactl").exists():  # the extra cuda without a GPU: plans need no more
+        logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
+    joined = join(processes)
     # A CPU program with oneDNN calls cannot be serialised, and trying has been seen to take a minute.
     if jax.default_backend() != "cpu" or f"{_ONEDNN}=true" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_compilation_cache_dir", str(cache_dir / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _check(processes: Processes) -> None:
-    count, number = processes.process_count, processes.process_id
-    if count < 1 or not 0 <= number < count:
-        raise ExperimentError(
-            f"--process-id={number} is no process of --process-count={count}; number processes from 0 to {count - 1}"
-        )
-    if processes.coordinator is not None and not re.fullmatch(r"[^:\s]+:\d{1,5}", processes.coordinator):
-        raise ExperimentError(f"--coordinator={processes.coordinator} is no address; give HOST:PORT of process 0")
-    if processes.coordinator is None and count > 1:
-        raise ExperimentError(f"--process-count={count} has no --coordinator; give HOST:PORT of process 0")
-
-
-def _join(processes: Processes) -> None:
-    import jax
-
-    try:
-        _await_coordinator(processes)
-        jax.distributed.initialize(
-            processes.coordinator,
-            processes.process_count,
-            processes.process_id,
-            initialization_timeout=_JOIN_SECONDS,
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ExperimentError(
-            f"--coordinator={processes.coordinator} cannot be joined ({str(error).splitlines()[0][:160]}); "
-            "check the address and that process 0 runs"
-        ) from error
-
-
-def _await_coordinator(processes: Processes) -> None:
-    """Waits until process 0 listens: JAX itself would abort the process where it never does."""
-    host, _, port = (processes.coordinator or "").rpartition(":")
-    deadline = time.monotonic() + _JOIN_SECONDS
-    while processes.process_id > 0:
-        try:
-            socket.create_connection((host, int(port)), timeout=5).close()
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
-        else:
-            return
+    return joined
 
 
 def _set_flags(declared: Experiment) -> None:

@@ -13,6 +13,7 @@ from euroflax.experiment import Experiment
 from euroflax.folders import Folders
 from euroflax.generation import Completion, Sampling
 from euroflax.planning import Plan
+from euroflax.processes import Processes
 from euroflax.verbs import Run
 
 Path = str | pathlib.Path
@@ -45,7 +46,7 @@ def train(
         RunFailed: running it again will not help.
     """
     folders = _folders(runs_dir, data_root, cache_dir)
-    machine.set_up(experiment, devices, folders.cache_dir, machine.Processes())
+    machine.set_up(experiment, devices, folders.cache_dir, Processes())
     display = ConsoleDisplay(Console())
     try:
         run = verbs.train(experiment, folders, display)
@@ -121,7 +122,7 @@ def evaluate(
         ExperimentError: there is no checkpoint of this experiment, or nothing is held out.
     """
     folders = _folders(runs_dir, data_root, cache_dir)
-    machine.set_up(experiment, devices, folders.cache_dir, machine.Processes())
+    machine.set_up(experiment, devices, folders.cache_dir, Processes())
     return verbs.evaluate(experiment, folders)
 
 
@@ -140,7 +141,7 @@ def generate(
         ExperimentError: there is no checkpoint of this experiment, or a prompt is longer than the context.
     """
     folders = _folders(runs_dir, None, cache_dir)
-    machine.set_up(experiment, devices, folders.cache_dir, machine.Processes())
+    machine.set_up(experiment, devices, folders.cache_dir, Processes())
     given = [prompts] if isinstance(prompts, str) else prompts
     return verbs.generate(experiment, folders, given, sampling or Sampling())
 

@@ -9,10 +9,13 @@ import shlex
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from euroflax.experiment import Experiment, ExperimentError, Interrupted, RunFailed, load
+from euroflax.experiment import Experiment, ExperimentError, Interrupted, RunFailed, load, to_json
+from euroflax.folders import Folders
+from euroflax.processes import Processes
 from euroflax.training.stop import Stop
 
 VERBS = {
@@ -193,8 +196,6 @@ def _assignment(text: str) -> tuple[str, str]:
 
 
 def _dispatch(declared: Experiment, options: argparse.Namespace, stop: Stop) -> int:
-    from euroflax.folders import Folders
-
     given = {name: getattr(options, name) for name in ("data_root", "cache_dir", "runs_dir")}
     folders = Folders(**{name: path for name, path in given.items() if path is not None})
     if options.verb == "report":  # loads no JAX: it is wanted on login nodes too
@@ -202,15 +203,41 @@ def _dispatch(declared: Experiment, options: argparse.Namespace, stop: Stop) -> 
 
         print(f"report      {report.write(folders.run_dir(declared.name))}")
         return 0
-    from euroflax import devices
+    from euroflax import devices, processes
 
-    processes = devices.Processes(
+    job = processes.Processes(
         coordinator=options.coordinator, process_id=options.process_id, process_count=options.process_count
     )
+    if options.verb in _ON_DEVICES:
+        job = processes.find(job, os.environ)
     simulated = options.devices or (None if options.verb in _ON_DEVICES else "cpu")
-    devices.set_up(declared, simulated, folders.cache_dir, processes)
+    job = devices.set_up(declared, simulated, folders.cache_dir, job)
+    options.process_id, options.process_count = job.process_id, job.process_count
     _listen(stop)  # again: jax.distributed takes SIGTERM for itself
+    if job.process_count == 1 or options.verb not in _ON_DEVICES:
+        return _run_verb(declared, options, folders, stop)
+    return _watched(lambda: _run_verb(declared, options, folders, stop), declared, job)
 
+
+def _watched(run_verb: Callable[[], int], declared: Experiment, job: Processes) -> int:
+    """Runs a verb in a job of several processes, which must all be the same, and all end when one dies."""
+    from euroflax import processes
+    from euroflax.watch import Watch
+
+    watch, status, sure = Watch(job), RunFailed.exit_status, False
+    try:
+        processes.same_everywhere(code=processes.code_fingerprint(), experiment=json.dumps(to_json(declared)))
+        status = run_verb()
+        sure = True
+        return status
+    except (ExperimentError, Interrupted) as error:
+        status, sure = error.exit_status, True
+        raise
+    finally:
+        watch.leave(status, sure)
+
+
+def _run_verb(declared: Experiment, options: argparse.Namespace, folders: Folders, stop: Stop) -> int:
     from rich.console import Console
 
     from euroflax import commands

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from euroflax import evaluation, generation, huggingface, planning, sharding, tables
+from euroflax import evaluation, generation, huggingface, planning, processes, sharding
 from euroflax.checkpoint import SavedParams, latest_step, open_latest
 from euroflax.console import SilentDisplay, evaluations_as_html
 from euroflax.data import documents, withdrawals
@@ -120,8 +120,31 @@ def prepare(
         display.progress(task, done, total)
 
     if jax.distributed.is_initialized() and jax.process_count() > 1:  # the count alone would start the devices
-        return preparation.open_prepared(declared, folders)
+        return _open_together(declared, folders)
     return preparation.prepare(declared, folders, progress)
+
+
+def _open_together(declared: Experiment, folders: Folders) -> Prepared:
+    """What was prepared, the same in every process of the job.
+
+    Raises:
+        NotPrepared: something is missing in every process.
+        ExperimentError: it is not the same everywhere.
+    """
+    try:
+        prepared, lacking = preparation.open_prepared(declared, folders), None
+    except NotPrepared as error:
+        prepared, lacking = None, error
+    data = f"nothing: {lacking}"
+    if prepared is not None:
+        stores = [(source.name, store.path.name) for source, store in (*prepared.train, *prepared.evaluation)]
+        lists = {name: sorted(ids) for name, ids in prepared.withdrawn.items()}
+        data = repr((prepared.tokenizer.fingerprint, stores, sorted(lists.items())))
+    processes.same_everywhere(data=data)
+    if prepared is None:
+        assert lacking is not None
+        raise lacking
+    return prepared
 
 
 def plan(

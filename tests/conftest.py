@@ -12,6 +12,7 @@ import pytest
 from euroflax import devices
 from euroflax.experiment import Experiment, Mixture, load, override, to_json
 from euroflax.folders import Folders
+from euroflax.processes import Processes
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = ROOT / "experiments" / "tiny_eu24.py"
@@ -97,7 +98,7 @@ def assert_trees_close(expected: object, found: object, tolerance: float) -> Non
 def _eight_devices(tmp_path_factory: pytest.TempPathFactory) -> None:
     import jax
 
-    devices.set_up(small(), "cpu:8", tmp_path_factory.mktemp("compiled"), devices.Processes())
+    devices.set_up(small(), "cpu:8", tmp_path_factory.mktemp("compiled"), Processes())
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

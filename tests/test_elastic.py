@@ -27,6 +27,7 @@ from euroflax.data.loader import Rows, batches
 from euroflax.data.prepare import open_prepared
 from euroflax.experiment import load
 from euroflax.folders import Folders
+from euroflax.processes import Processes
 import functools
 
 if __name__ == "__main__":
@@ -34,7 +35,7 @@ if __name__ == "__main__":
     declared = load(path, json.loads(changes))
     folders = Folders(cache_dir=pathlib.Path(cache), runs_dir=pathlib.Path(out).parent)
     coordinator = f"127.0.0.1:{port}" if int(count) > 1 else None
-    processes = devices.Processes(coordinator=coordinator, process_id=int(number), process_count=int(count))
+    processes = Processes(coordinator=coordinator, process_id=int(number), process_count=int(count))
     devices.set_up(declared, f"cpu:{8 // int(count)}", folders.cache_dir, processes)
     assert jax.process_count() == int(count) and jax.device_count() == 8
     mesh = sharding.make_mesh(declared)

@@ -1,7 +1,9 @@
 """The training step through the real compiler, for hardware that need not be here."""
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 
 import jax
 
@@ -46,7 +48,7 @@ def compiled_step(declared: Experiment, span: Span, target: Target) -> Compiled:
     with jax.set_mesh(mesh):
         lowered = compile_step(declared, span, shardings).lower(state, batch)
         try:
-            with jax.enable_compilation_cache(False):  # a program for absent hardware cannot be read back
+            with _without_cache():
                 compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             return Compiled(_needed(str(error), target), None)
@@ -60,6 +62,17 @@ def compiled_step(declared: Experiment, span: Span, target: Target) -> Compiled:
         + memory.generated_code_size_in_bytes
     )
     return Compiled(total, read_program(text, dict(mesh.shape)))
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Keeps a program out of the cache of compiled programs: one for absent hardware cannot be read back."""
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def _needed(message: str, target: Target) -> int:

@@ -1,0 +1,140 @@
+"""A process that dies ends the others of its job, with its number.
+
+Collectives wait for ever for a process that is gone, and what the libraries do about it differs by platform. So each
+process holds a connection to process 0: one that closes, or is silent, without a word of farewell is a death.
+"""
+
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+
+from euroflax.experiment import Interrupted
+from euroflax.processes import Processes
+
+_BEAT_SECONDS = 5
+_SILENT_SECONDS = 30
+_GRACE_SECONDS = 10
+_VERDICT_SECONDS = 5
+_TOKEN_BYTES = 16
+
+
+def _host(job: Processes) -> str:
+    """Where process 0 runs."""
+    return (job.coordinator or os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")[0] + ":").rpartition(":")[0]
+
+
+class Watch:
+    """Watches over a job of several processes, in threads of its own."""
+
+    def __init__(self, job: Processes) -> None:
+        """Connects the processes; every process of the job must call this."""
+        import numpy as np
+        from jax.experimental import multihost_utils
+
+        number, count = job.process_id, job.process_count
+        self._leaving, self._lock = threading.Event(), threading.Lock()
+        self._peers: dict[int, socket.socket] = {}
+        token, server = secrets.token_bytes(_TOKEN_BYTES), None
+        if number == 0:
+            server = socket.create_server(("", 0), backlog=count)
+        port = server.getsockname()[1] if server else 0
+        told = np.frombuffer(port.to_bytes(2, "big") + token, np.uint8)
+        told = bytes(np.asarray(multihost_utils.broadcast_one_to_all(told), np.uint8))
+        port, token = int.from_bytes(told[:2], "big"), told[2:]
+        if server is not None:
+            self._start(self._accept, server, token, count)
+        else:
+            connection = socket.create_connection((_host(job), port), timeout=_SILENT_SECONDS)
+            connection.sendall(token + number.to_bytes(4, "big"))
+            self._take(0, connection)
+        self._start(self._beat)
+
+    @staticmethod
+    def _start(function: object, *arguments: object) -> None:
+        threading.Thread(target=function, args=arguments, daemon=True).start()  # pyright: ignore[reportArgumentType]
+
+    def _accept(self, server: socket.socket, token: bytes, count: int) -> None:
+        deadline = time.monotonic() + _SILENT_SECONDS
+        with server:
+            while len(self._peers) < count - 1:
+                server.settimeout(max(deadline - time.monotonic(), 0.01))
+                try:
+                    connection, _ = server.accept()
+                    connection.settimeout(_SILENT_SECONDS)
+                    hello = connection.recv(_TOKEN_BYTES + 4, socket.MSG_WAITALL)
+                except TimeoutError:
+                    return self._end(min(set(range(1, count)) - self._peers.keys()), "did not come")
+                except OSError:
+                    continue
+                if hello[:-4] == token:
+                    self._take(int.from_bytes(hello[-4:], "big"), connection)
+                else:
+                    connection.close()
+        return None
+
+    def _take(self, peer: int, connection: socket.socket) -> None:
+        connection.settimeout(_SILENT_SECONDS)
+        with self._lock:
+            self._peers[peer] = connection
+        self._start(self._listen, peer, connection)
+
+    def _listen(self, peer: int, connection: socket.socket) -> None:
+        try:
+            for line in connection.makefile("rb"):
+                kind, _, number = line.decode().strip().partition(" ")
+                if kind == "dead":
+                    return self._end(int(number), "died")
+                if kind == "left":
+                    return self._left(peer, int(number))
+            said = "died"
+        except TimeoutError:
+            said = f"said nothing for {_SILENT_SECONDS} seconds"
+        except OSError:
+            said = "died"
+        return self._end(peer, said)
+
+    def _left(self, peer: int, status: int) -> None:
+        """A process ended by itself; where it did not end well, the others do so too, or are ended."""
+        if status != 0:
+            time.sleep(_GRACE_SECONDS)
+            self._end(peer, f"ended with status {status}")
+
+    def _beat(self) -> None:
+        while not self._leaving.wait(_BEAT_SECONDS):
+            self._say("beat")
+
+    def _say(self, line: str, but: int | None = None) -> None:
+        with self._lock:
+            peers = dict(self._peers)
+        for number, connection in peers.items():
+            if number != but:
+                try:
+                    connection.sendall(f"{line}\n".encode())
+                except OSError:
+                    continue  # its own listener tells
+
+    def _end(self, number: int, how: str) -> None:
+        if self._leaving.is_set():
+            return
+        self._say(f"dead {number}", but=number)
+        print(
+            f"\nerror: process {number} {how}; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(Interrupted.exit_status)
+
+    def leave(self, status: int, sure: bool) -> None:
+        """Says that this process is about to end by itself.
+
+        Args:
+            status: with which exit status.
+            sure: whether the cause is its own; otherwise it may be another's death, of which word is awaited first.
+        """
+        if not sure:
+            time.sleep(_VERDICT_SECONDS)
+        self._say(f"left {status}")
+        self._leaving.set()
