@@ -92,9 +92,8 @@ def _local_devices(environment: Mapping[str, str]) -> tuple[int, ...] | None:
 
 def first_host(nodes: str) -> str:
     """The first host of a list as Slurm writes it: `nid[001-004,007],login1` begins with nid001."""
-    head, bracket, rest = re.split(r",(?![^\[]*\])", nodes)[0].partition("[")
-    inside, _, tail = rest.partition("]")
-    return head + re.split("[-,]", inside)[0] + tail if bracket else head
+    first = re.split(r",(?![^\[]*\])", nodes)[0]
+    return re.sub(r"\[([^\]]*)\]", lambda found: re.split("[-,]", found[1])[0], first)
 
 
 def _of_kubernetes(environment: Mapping[str, str]) -> Processes | None:
@@ -200,7 +199,7 @@ def code_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def same_everywhere(**parts: str) -> None:
+def same_everywhere(parts: dict[str, str]) -> None:
     """Refuses processes that do not all have the same `code`, `experiment` or `data`, each given by a text.
 
     Raises:

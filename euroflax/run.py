@@ -226,7 +226,7 @@ def _watched(run_verb: Callable[[], int], declared: Experiment, job: Processes) 
 
     watch, status, sure = Watch(job), RunFailed.exit_status, False
     try:
-        processes.same_everywhere(code=processes.code_fingerprint(), experiment=json.dumps(to_json(declared)))
+        processes.same_everywhere({"code": processes.code_fingerprint(), "experiment": json.dumps(to_json(declared))})
         status = run_verb()
         sure = True
         return status

@@ -140,7 +140,7 @@ def _open_together(declared: Experiment, folders: Folders) -> Prepared:
         stores = [(source.name, store.path.name) for source, store in (*prepared.train, *prepared.evaluation)]
         lists = {name: sorted(ids) for name, ids in prepared.withdrawn.items()}
         data = repr((prepared.tokenizer.fingerprint, stores, sorted(lists.items())))
-    processes.same_everywhere(data=data)
+    processes.same_everywhere({"data": data})
     if prepared is None:
         assert lacking is not None
         raise lacking

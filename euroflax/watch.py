@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from euroflax.experiment import Interrupted
 from euroflax.processes import Processes
@@ -26,6 +27,16 @@ def _host(job: Processes) -> str:
     return (job.coordinator or os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")[0] + ":").rpartition(":")[0]
 
 
+def _hello(connection: socket.socket, token: bytes) -> int | None:
+    """The number of the process that has connected; None where it does not know the token."""
+    connection.settimeout(_BEAT_SECONDS)
+    try:
+        said = connection.recv(_TOKEN_BYTES + 4, socket.MSG_WAITALL)
+    except OSError:
+        return None
+    return int.from_bytes(said[_TOKEN_BYTES:], "big") if said[:_TOKEN_BYTES] == token else None
+
+
 class Watch:
     """Watches over a job of several processes, in threads of its own."""
 
@@ -37,6 +48,8 @@ class Watch:
         number, count = job.process_id, job.process_count
         self._leaving, self._lock = threading.Event(), threading.Lock()
         self._peers: dict[int, socket.socket] = {}
+        self._listeners: list[threading.Thread] = []
+        self._is_first = number == 0
         token, server = secrets.token_bytes(_TOKEN_BYTES), None
         if number == 0:
             server = socket.create_server(("", 0), backlog=count)
@@ -53,51 +66,53 @@ class Watch:
         self._start(self._beat)
 
     @staticmethod
-    def _start(function: object, *arguments: object) -> None:
-        threading.Thread(target=function, args=arguments, daemon=True).start()  # pyright: ignore[reportArgumentType]
+    def _start(function: Callable[..., None], *arguments: object) -> threading.Thread:
+        thread = threading.Thread(target=function, args=arguments, daemon=True)
+        thread.start()
+        return thread
 
     def _accept(self, server: socket.socket, token: bytes, count: int) -> None:
-        deadline = time.monotonic() + _SILENT_SECONDS
+        """Takes the connections of all other processes; those of strangers are closed."""
+        server.settimeout(_SILENT_SECONDS)
         with server:
             while len(self._peers) < count - 1:
-                server.settimeout(max(deadline - time.monotonic(), 0.01))
                 try:
                     connection, _ = server.accept()
-                    connection.settimeout(_SILENT_SECONDS)
-                    hello = connection.recv(_TOKEN_BYTES + 4, socket.MSG_WAITALL)
                 except TimeoutError:
                     return self._end(min(set(range(1, count)) - self._peers.keys()), "did not come")
-                except OSError:
-                    continue
-                if hello[:-4] == token:
-                    self._take(int.from_bytes(hello[-4:], "big"), connection)
-                else:
+                number = _hello(connection, token)
+                if number is None:
                     connection.close()
+                else:
+                    self._take(number, connection)
         return None
 
     def _take(self, peer: int, connection: socket.socket) -> None:
         connection.settimeout(_SILENT_SECONDS)
         with self._lock:
             self._peers[peer] = connection
-        self._start(self._listen, peer, connection)
+            self._listeners.append(self._start(self._listen, peer, connection))
 
     def _listen(self, peer: int, connection: socket.socket) -> None:
+        """Hears a process out, to the end of its connection, which is its own end."""
+        said, farewell = "died", False
         try:
             for line in connection.makefile("rb"):
                 kind, _, number = line.decode().strip().partition(" ")
                 if kind == "dead":
-                    return self._end(int(number), "died")
-                if kind == "left":
-                    return self._left(peer, int(number))
-            said = "died"
+                    self._end(int(number), "died")
+                elif kind == "left":
+                    farewell = True
+                    self._start(self._left, peer, int(number))
         except TimeoutError:
             said = f"said nothing for {_SILENT_SECONDS} seconds"
         except OSError:
-            said = "died"
-        return self._end(peer, said)
+            pass
+        if not farewell:
+            self._end(peer, said)
 
     def _left(self, peer: int, status: int) -> None:
-        """A process ended by itself; where it did not end well, the others do so too, or are ended."""
+        """A process ends by itself; where it does not end well, the others do so too, or are ended."""
         if status != 0:
             time.sleep(_GRACE_SECONDS)
             self._end(peer, f"ended with status {status}")
@@ -128,7 +143,9 @@ class Watch:
         os._exit(Interrupted.exit_status)
 
     def leave(self, status: int, sure: bool) -> None:
-        """Says that this process is about to end by itself.
+        """Says that this process is about to end by itself. The first one waits for the ends of the others.
+
+        JAX aborts a process whose coordinator, which lives in the first one, ends before it.
 
         Args:
             status: with which exit status.
@@ -138,3 +155,6 @@ class Watch:
             time.sleep(_VERDICT_SECONDS)
         self._say(f"left {status}")
         self._leaving.set()
+        deadline = time.monotonic() + _GRACE_SECONDS + _VERDICT_SECONDS
+        for listener in self._listeners if self._is_first else ():
+            listener.join(max(deadline - time.monotonic(), 0))

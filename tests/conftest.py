@@ -69,11 +69,20 @@ def user_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
 
 
-def start(experiment: pathlib.Path, *arguments: object, **options: object) -> subprocess.Popen:
-    """The command line on an experiment in a process of its own, with its output piped as text."""
+def start(
+    experiment: pathlib.Path, *arguments: object, root: pathlib.Path = ROOT, environment: dict | None = None
+) -> subprocess.Popen:
+    """The command line of the package below `root` on an experiment in a process of its own, its output piped as text.
+
+    Args:
+        experiment: its file.
+        arguments: the rest of the command.
+        root: where the package is.
+        environment: variables beside those of a user.
+    """
     command = [sys.executable, "-m", "euroflax.run", str(experiment), *map(str, arguments)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=user_environment(), stdout=pipe, stderr=pipe, text=True, **options)
+    given, pipe = user_environment() | (environment or {}), subprocess.PIPE
+    return subprocess.Popen(command, cwd=root, env=given, stdout=pipe, stderr=pipe, text=True)
 
 
 def run(experiment: pathlib.Path, *arguments: object, **options: object) -> subprocess.CompletedProcess:

@@ -13,7 +13,7 @@ RANKS = {
     "folders": 2,
     "accelerators": 1,
     "processes": 2,
-    "watch": 2,
+    "watch": 3,
     "devices": 3,
     "console": 2,
     "sharding": 3,

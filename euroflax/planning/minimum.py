@@ -95,7 +95,8 @@ def least_messages(declared: Experiment, span: Span, mesh: dict[str, int]) -> Le
 def temporaries(declared: Experiment, span: Span, mesh: dict[str, int]) -> int:
     """Estimated bytes of what a step holds beside its state and gradients on one device, at its peak.
 
-    What the layers keep for the backward pass, what one layer holds in it, and a chunk of logits with its gradient.
+    What the layers keep for the backward pass and, of what is larger, what one layer holds in it with its gathered
+    weights and their gradients, or a chunk of logits with its gradient; and the layers in the compute type.
     """
     config, s = declared.model, _sizes(declared, span, mesh)
     tensor = mesh["tensor"]
@@ -107,10 +108,15 @@ def temporaries(declared: Experiment, span: Span, mesh: dict[str, int]) -> int:
         "dots": 3 * residual + outputs,
         "none": 6 * residual + 2 * outputs + config.mlp_dim / tensor,
     }[config.remat]
-    layer = 3 * config.embed_dim + outputs + config.mlp_dim / tensor
+    again = heads + config.num_heads * config.head_dim + 3 * config.mlp_dim if config.remat == "full" else 0
+    layer = s.tokens * (5 * config.embed_dim + (again + 3 * config.mlp_dim) / tensor) * s.width
+    output = config.embed_dim * config.vocab_size / tensor
+    weights = (s.matrices - output) * s.width
+    layer += 2 * weights / config.num_layers
     logits = 3 * s.tokens * min(config.vocab_size, declared.training.loss_chunk_entries) / tensor * _FLOAT32
     stream = s.tokens * config.embed_dim * _FLOAT32
-    return int(config.num_layers * s.tokens * kept * s.width + max(s.tokens * layer * s.width, logits + stream))
+    copies = weights / (mesh["fsdp"] * mesh["sequence"]) if s.width < _FLOAT32 else 0
+    return int(config.num_layers * s.tokens * kept * s.width + copies + max(layer, logits + stream))
 
 
 def state_bytes(declared: Experiment, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> dict[str, int]:
