@@ -1,13 +1,14 @@
 """Devices and processes, set up once before anything computes: platform, compiler flags, compiled-program cache."""
 
+import glob
 import importlib.metadata
-import logging
 import os
 import pathlib
+import sys
 
 from euroflax.accelerators import GPU_SHARE
 from euroflax.experiment import Experiment, ExperimentError
-from euroflax.processes import Processes, check, join
+from euroflax.processes import TPU_FILES, Processes, check, join
 
 _ONEDNN = "--xla_cpu_experimental_onednn_custom_call"
 
@@ -44,14 +45,20 @@ def set_up(declared: Experiment, devices: str | None, cache_dir: pathlib.Path, p
                     f"devices={devices} comes too late: JAX already has {jax.device_count()} {jax.default_backend()} "
                     "devices; ask for it first, in a fresh interpreter"
                 ) from error
-    if not pathlib.Path("/dev/nvidiactl").exists():  # the extra cuda without a GPU: plans need no more
-        logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
+    elif jax.config.jax_platforms is None and not _has_accelerator():  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_platforms", "cpu")
     joined = join(processes)
     # A CPU program with oneDNN calls cannot be serialised, and trying has been seen to take a minute.
     if jax.default_backend() != "cpu" or f"{_ONEDNN}=true" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_compilation_cache_dir", str(cache_dir / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return joined
+
+
+def _has_accelerator() -> bool:
+    """Whether this machine may have one. JAX need not look where there is none: extras for plans would complain."""
+    files = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd", *TPU_FILES)
+    return sys.platform != "linux" or any(glob.glob(file) for file in files)
 
 
 def _set_flags(declared: Experiment) -> None:

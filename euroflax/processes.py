@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from euroflax.experiment import ExperimentError
 
 JOIN_SECONDS = 60
+TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 _HOST_BYTES = 64
 _SLURM = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST")
 _COORDINATOR = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS")
@@ -62,8 +63,8 @@ def find(given: Processes, environment: Mapping[str, str]) -> Processes:
     found = _of_slurm(environment) or _of_kubernetes(environment)
     if found is not None:
         return found if found.process_count > 1 else given
-    on_tpu = importlib.util.find_spec("libtpu") is not None and glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-    return dataclasses.replace(given, ask_tpu=bool(on_tpu))
+    on_tpu = importlib.util.find_spec("libtpu") is not None and any(glob.glob(file) for file in TPU_FILES)
+    return dataclasses.replace(given, ask_tpu=on_tpu)
 
 
 def _of_slurm(environment: Mapping[str, str]) -> Processes | None:
