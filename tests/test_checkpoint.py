@@ -71,6 +71,21 @@ def test_another_mesh_restores_it_onto_its_own_shards(copied):
     checkpoints.close()
 
 
+@pytest.mark.parametrize(
+    "mesh", [{"fsdp": 8}, {"replica": 2, "data": 2, "fsdp": 2}, {"sequence": 8}, {"sequence": 2, "tensor": 2, "fsdp": 2}]
+)
+def test_any_mesh_restores_it_and_each_device_holds_its_part_alone(copied, mesh):
+    declared = small(**{f"mesh__{axis}": mesh.get(axis, 1) for axis in sharding.AXES})
+    checkpoints, _ = opened(copied[0])
+    state, _ = restored(checkpoints, declared)
+    wanted = abstract_state(declared, sharding.make_mesh(declared))
+    for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        assert leaf.sharding == like.sharding
+        assert leaf.addressable_shards[0].data.shape == like.sharding.shard_shape(like.shape)
+    assert_trees_close(copied[1], jax.device_get(state), 0)
+    checkpoints.close()
+
+
 def largest(folder):
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 

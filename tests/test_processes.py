@@ -176,6 +176,7 @@ def test_a_process_with_another_experiment_is_named_and_all_are_refused(alone, t
     assert "has other experiment than process 0; give each process the same experiment file and flags" in said
 
 
+@pytest.mark.slow
 def test_a_process_with_other_data_or_code_is_named_and_all_are_refused(alone, tmp_path):
     said = odd_one(alone, tmp_path, "--cache-dir", tmp_path / "empty")
     assert "has other data than process 0; let each process read the same --cache-dir" in said
