@@ -72,7 +72,8 @@ def test_another_mesh_restores_it_onto_its_own_shards(copied):
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"fsdp": 8}, {"replica": 2, "data": 2, "fsdp": 2}, {"sequence": 8}, {"sequence": 2, "tensor": 2, "fsdp": 2}]
+    "mesh",
+    [{"fsdp": 8}, {"replica": 2, "data": 2, "fsdp": 2}, {"sequence": 8}, {"sequence": 2, "tensor": 2, "fsdp": 2}],
 )
 def test_any_mesh_restores_it_and_each_device_holds_its_part_alone(copied, mesh):
     declared = small(**{f"mesh__{axis}": mesh.get(axis, 1) for axis in sharding.AXES})

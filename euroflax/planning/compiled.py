@@ -32,7 +32,7 @@ def compiled_step(declared: Experiment, span: Span, target: Target) -> Compiled:
 
     Raises:
         ExperimentError: the mesh does not make up the target's devices.
-        RunFailed: the compiler failed.
+        RunFailed: the compiler failed, or its program cannot be read.
     """
     if declared.model.layer_loop == "auto":  # what it means elsewhere than on a CPU
         declared = dataclasses.replace(declared, model=dataclasses.replace(declared.model, layer_loop="scan"))
@@ -61,7 +61,10 @@ def compiled_step(declared: Experiment, span: Span, target: Target) -> Compiled:
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    return Compiled(total, read_program(text, dict(mesh.shape)))
+    try:
+        return Compiled(total, read_program(text, dict(mesh.shape)))
+    except ValueError as error:
+        raise RunFailed(f"the program that the compiler made for {target.name} cannot be read: {error}") from error
 
 
 @contextlib.contextmanager

@@ -82,9 +82,13 @@ def read_program(text: str, mesh: dict[str, int]) -> Program:
     Args:
         text: a compiled, partitioned XLA program.
         mesh: the size of each axis, in the order of the devices.
+
+    Raises:
+        ValueError: it holds messages that cannot be followed.
     """
     computations, entry = _parse(text)
     times = _times(computations, entry)
+    _check_reached(computations, times)
     scheduled = _scheduled(computations, entry)
     flops = memory = 0
     moved: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0])
@@ -158,7 +162,7 @@ def _called(instruction: _Instruction, computations: dict[str, Computation]) -> 
         branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
         names = branches[1] if branches else " ".join(re.findall(r"(?:true|false)_computation=(%?[\w.-]+)", rest))
         return [(name, 1) for name in re.findall(r"%?([\w.-]+)", names)]
-    if instruction.op in ("fusion", "call", "async-start", "custom-call"):
+    if instruction.op in ("fusion", "call", "call-start", "async-start", "custom-call"):
         return [(name, 1) for name in re.findall(r"\b(?:calls|to_apply)=%?([\w.-]+)", rest)]
     return []
 
@@ -176,6 +180,13 @@ def _times(computations: dict[str, Computation], entry: str) -> dict[str, int]:
 
     visit(entry, 1)
     return times
+
+
+def _check_reached(computations: dict[str, Computation], times: dict[str, int]) -> None:
+    """Refuses a program that sends messages from where no instruction that is known here leads."""
+    for name in computations.keys() - times.keys():
+        if any(_collective(instruction) for instruction in computations[name].values()):
+            raise ValueError(f"nothing known runs {name}, which sends messages")
 
 
 def _scheduled(computations: dict[str, Computation], entry: str) -> set[str]:

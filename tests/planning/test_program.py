@@ -145,6 +145,28 @@ def test_messages_and_flops_are_read_from_a_program(groups, axis):
     assert found.flops == 5 * 2 * 8 * 32 * 16
 
 
+ASYNC = """
+%on_another_core (q: f32[8,16]) -> f32[32,16] {
+  %q = f32[8,16]{1,0} parameter(0)
+  ROOT %g = f32[32,16]{1,0} all-gather(%q), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+ENTRY %main (a: f32[8,16]) -> f32[32,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %s = ((f32[8,16]{1,0}), f32[32,16]{1,0}) call-start(%a), async_execution_thread="sparsecore", CALLS=%on_another_core
+  ROOT %d = f32[32,16]{1,0} call-done(%s)
+}
+"""
+
+
+def test_messages_that_another_core_sends_are_read_and_none_is_passed_over():
+    mesh = {"data": 2, "fsdp": 4}
+    (message,) = read_program(ASYNC.replace("CALLS", "to_apply"), mesh).collectives
+    assert (message.kind, message.axis, message.bytes) == ("all-gather", "fsdp", 3 * 8 * 16 * 4)
+    with pytest.raises(ValueError, match="nothing known runs on_another_core, which sends messages"):
+        read_program(ASYNC.replace("CALLS", "newly_named"), mesh)
+
+
 def test_devices_of_a_message_that_cannot_be_read_are_an_error():
     with pytest.raises(ValueError, match="cannot read the devices"):
         read_program(HLO.replace("GROUPS", "?"), {"data": 2, "fsdp": 4})
