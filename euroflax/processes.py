@@ -6,14 +6,17 @@ import glob
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import pathlib
 import platform
 import re
 import socket
+import sys
+import threading
 import time
 from collections.abc import Mapping
 
-from euroflax.experiment import ExperimentError
+from euroflax.experiment import ExperimentError, Interrupted
 
 JOIN_SECONDS = 60
 TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
@@ -99,8 +102,12 @@ def first_host(nodes: str) -> str:
 
 def _of_kubernetes(environment: Mapping[str, str]) -> Processes | None:
     address, count, number = (_first(environment, names) for names in (_COORDINATOR, _COUNT, _NUMBER))
-    if not (address and count and number):
+    if not (address and count):
         return None
+    if number is None:
+        raise ExperimentError(
+            f"{address} and {count} are in the environment and no {_NUMBER[0]}; set it in each process"
+        )
     host = environment[address]
     if ":" not in host:
         port = _first(environment, _PORT)
@@ -132,7 +139,8 @@ def check(processes: Processes) -> None:
         raise ExperimentError(
             f"--process-id={number} is no process of --process-count={count}; number processes from 0 to {count - 1}"
         )
-    if processes.coordinator is not None and not re.fullmatch(r"[^:\s]+:\d{1,5}", processes.coordinator):
+    named = re.fullmatch(r"[^:\s]+:(\d{1,5})", processes.coordinator or "HOST:1")
+    if named is None or not 0 < int(named[1]) < 2**16:
         raise ExperimentError(f"--coordinator={processes.coordinator} is no address; give HOST:PORT of process 0")
     if processes.coordinator is None and count > 1:
         raise ExperimentError(f"--process-count={count} has no --coordinator; give HOST:PORT of process 0")
@@ -154,8 +162,11 @@ def join(processes: Processes) -> Processes:
         return dataclasses.replace(processes, process_id=jax.process_index(), process_count=jax.process_count())
     if processes.coordinator is None:
         return processes
+    late = threading.Timer(JOIN_SECONDS, _nobody_came, [processes])
+    late.daemon = True
     try:
         _await_coordinator(processes)
+        late.start()
         # Survivors of a death are ended by `watch`, with its number; the library would abort them without.
         jax.config.update("jax_enable_recoverability", True)
         jax.distributed.initialize(
@@ -164,19 +175,34 @@ def join(processes: Processes) -> Processes:
             processes.process_id,
             local_device_ids=processes.local_devices,
             cluster_detection_method="deactivate",
-            initialization_timeout=JOIN_SECONDS,
+            initialization_timeout=10 * JOIN_SECONDS,  # where it ends, JAX aborts the process
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise ExperimentError(
             f"--coordinator={processes.coordinator} cannot be joined ({str(error).splitlines()[0][:160]}); "
             f"check the address and that all {processes.process_count} processes run"
         ) from error
+    finally:
+        late.cancel()
     return processes
 
 
+def _nobody_came(processes: Processes) -> None:
+    """Ends this process where another one has not joined in time."""
+    print(
+        f"error: not all {processes.process_count} processes came to --coordinator={processes.coordinator} in "
+        f"{JOIN_SECONDS} seconds; see that each one runs, then give the same command again",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(Interrupted.exit_status)
+
+
 def _await_coordinator(processes: Processes) -> None:
-    """Waits until process 0 listens: JAX itself would abort the process where it never does."""
+    """Waits until process 0 listens, whose port must be free: JAX itself would abort the process where it never does."""
     host, _, port = (processes.coordinator or "").rpartition(":")
+    if processes.process_id == 0:  # JAX would crash on a port that another program has
+        socket.create_server(("", int(port))).close()
     deadline = time.monotonic() + JOIN_SECONDS
     while processes.process_id > 0:
         try:

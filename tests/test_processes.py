@@ -4,6 +4,8 @@ import json
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -264,3 +266,32 @@ def test_a_coordinator_that_cannot_be_reached_is_one_line(monkeypatch):
     given = Processes(coordinator=f"127.0.0.1:{free_port()}", process_id=1, process_count=2)
     with pytest.raises(ExperimentError, match=r"--coordinator=127.0.0.1:\d+ cannot be joined .*; check the address"):
         processes.join(given)
+
+
+def test_a_port_that_another_program_has_is_one_line():
+    with socket.create_server(("", 0)) as server:
+        given = Processes(coordinator=f"localhost:{server.getsockname()[1]}", process_count=2)
+        with pytest.raises(ExperimentError, match=r"cannot be joined \(.*in use"):
+            processes.join(given)
+
+
+@pytest.mark.parametrize("port", [0, 65536, 99999])
+def test_a_port_that_does_not_exist_is_refused(port):
+    with pytest.raises(ExperimentError, match="is no address; give HOST:PORT"):
+        processes.check(Processes(coordinator=f"localhost:{port}", process_count=2))
+
+
+def test_a_pod_without_its_number_is_refused():
+    with pytest.raises(ExperimentError, match="no JAX_PROCESS_ID; set it in each process"):
+        processes.find(Processes(), {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2"})
+
+
+def test_a_process_that_never_comes_ends_the_others_in_good_order(alone, tmp_path):
+    code = (
+        "import sys\nfrom euroflax import processes, run\nprocesses.JOIN_SECONDS = 3\n"
+        f"sys.exit(run.main([{str(alone[0])!r}, '--runs-dir', {str(tmp_path)!r}, '--devices', 'cpu:4', "
+        f"'--coordinator', 'localhost:{free_port()}', '--process-count', '2']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75 and done.stderr.startswith("error: not all 2 processes came"), done
+    assert done.stderr.count("\n") == 1
