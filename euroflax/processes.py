@@ -199,7 +199,7 @@ def _nobody_came(processes: Processes) -> None:
 
 
 def _await_coordinator(processes: Processes) -> None:
-    """Waits until process 0 listens, whose port must be free: JAX itself would abort the process where it never does."""
+    """Waits until process 0 listens, whose port must be free: JAX itself would abort the process."""
     host, _, port = (processes.coordinator or "").rpartition(":")
     if processes.process_id == 0:  # JAX would crash on a port that another program has
         socket.create_server(("", int(port))).close()

@@ -56,8 +56,8 @@ def least_messages(declared: Experiment, span: Span, mesh: dict[str, int]) -> Le
 
     Each matrix is gathered for the forward and for the backward pass and its gradient scattered, in the compute type
     (Rajbhandari et al., "ZeRO", 2020, section 7.2.2), in each part of the batch. Embeddings are looked up where they
-    lie, or gathered, whichever moves less. Copies of the parameters add up their gradients once: over `data` in the
-    compute type, over `replica` in float32. Devices that share rows gather keys and values for each pass and scatter
+    lie, or gathered, whichever moves less. Copies of the parameters add up their gradients: over `data` in each
+    part in the compute type, over `replica` once in float32. Devices that share rows gather keys and values for each pass and scatter
     their gradients. Over `tensor` each block gathers and scatters the residual stream in each pass (Korthikanti et
     al., 2022).
     """
@@ -82,7 +82,7 @@ def least_messages(declared: Experiment, span: Span, mesh: dict[str, int]) -> Le
         add("all-gather", split, s.table * s.width * s.parts)
         add("reduce-scatter", split, s.table * s.width * s.parts)
     held = (s.matrices + (0 if model.tied_output else s.table) + s.vectors) / ways
-    add("all-reduce", ("data",), held * s.width)
+    add("all-reduce", ("data",), held * s.width * s.parts)
     add("all-reduce", ("replica",), held * _FLOAT32)
     keys = s.tokens * mesh["sequence"] * 2 * model.num_kv_heads / mesh["tensor"] * model.head_dim
     add("all-gather", ("sequence",), 2 * keys * s.width * model.num_layers * s.parts)
