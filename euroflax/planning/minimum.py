@@ -57,9 +57,9 @@ def least_messages(declared: Experiment, span: Span, mesh: dict[str, int]) -> Le
     Each matrix is gathered for the forward and for the backward pass and its gradient scattered, in the compute type
     (Rajbhandari et al., "ZeRO", 2020, section 7.2.2), in each part of the batch. Embeddings are looked up where they
     lie, or gathered, whichever moves less. Copies of the parameters add up their gradients: over `data` in each
-    part in the compute type, over `replica` once in float32. Devices that share rows gather keys and values for each pass and scatter
-    their gradients. Over `tensor` each block gathers and scatters the residual stream in each pass (Korthikanti et
-    al., 2022).
+    part in the compute type, over `replica` once in float32. Devices that share rows gather keys and values for each
+    pass and scatter their gradients. Over `tensor` each block gathers and scatters the residual stream in each pass
+    (Korthikanti et al., 2022).
     """
     found: Least = {}
 
