@@ -71,8 +71,12 @@ def find(given: Processes, environment: Mapping[str, str]) -> Processes:
 
 
 def _of_slurm(environment: Mapping[str, str]) -> Processes | None:
-    if not all(environment.get(name) for name in (*_SLURM, "SLURM_STEP_NUM_TASKS")):
-        return None  # no task of srun: a batch script, an interactive shell
+    if environment.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+        return None  # no task of srun beside others: a batch script, an interactive shell
+    if lacking := [name for name in _SLURM if not environment.get(name)]:
+        raise ExperimentError(
+            f"SLURM_STEP_NUM_TASKS is set and {lacking[0]} is not; start with srun, or give --coordinator"
+        )
     job, number = (_number(environment, name) for name in ("SLURM_JOB_ID", "SLURM_PROCID"))
     port = 2**16 - 2**12 + job % 2**12
     return Processes(

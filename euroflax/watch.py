@@ -20,11 +20,14 @@ _SILENT_SECONDS = 30
 _GRACE_SECONDS = 10
 _VERDICT_SECONDS = 5
 _TOKEN_BYTES = 16
+_HOST_BYTES = 256
 
 
 def _host(job: Processes) -> str:
-    """Where process 0 runs."""
-    return (job.coordinator or os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")[0] + ":").rpartition(":")[0]
+    """Where process 0 runs, as it knows itself where no coordinator was named."""
+    if job.coordinator is not None:
+        return job.coordinator.rpartition(":")[0]
+    return socket.gethostbyname(socket.gethostname()) if job.process_id == 0 else ""
 
 
 def _hello(connection: socket.socket, token: bytes) -> int | None:
@@ -54,13 +57,14 @@ class Watch:
         if number == 0:
             server = socket.create_server(("", 0), backlog=count)
         port = server.getsockname()[1] if server else 0
-        told = np.frombuffer(port.to_bytes(2, "big") + token, np.uint8)
-        told = bytes(np.asarray(multihost_utils.broadcast_one_to_all(told), np.uint8))
-        port, token = int.from_bytes(told[:2], "big"), told[2:]
+        told = port.to_bytes(2, "big") + token + _host(job).encode()[:_HOST_BYTES].ljust(_HOST_BYTES)
+        told = bytes(np.asarray(multihost_utils.broadcast_one_to_all(np.frombuffer(told, np.uint8)), np.uint8))
+        port, token = int.from_bytes(told[:2], "big"), told[2 : 2 + _TOKEN_BYTES]
+        host = told[2 + _TOKEN_BYTES :].decode().strip()
         if server is not None:
             self._start(self._accept, server, token, count)
         else:
-            connection = socket.create_connection((_host(job), port), timeout=_SILENT_SECONDS)
+            connection = socket.create_connection((host, port), timeout=_SILENT_SECONDS)
             connection.sendall(token + number.to_bytes(4, "big"))
             self._take(0, connection)
         self._start(self._beat)

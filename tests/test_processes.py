@@ -295,3 +295,23 @@ def test_a_process_that_never_comes_ends_the_others_in_good_order(alone, tmp_pat
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 75 and done.stderr.startswith("error: not all 2 processes came"), done
     assert done.stderr.count("\n") == 1
+
+
+def test_a_task_of_slurm_without_its_nodes_is_refused():
+    with pytest.raises(ExperimentError, match="SLURM_STEP_NODELIST is not; start with srun"):
+        processes.find(Processes(), {name: SLURM[name] for name in SLURM if name != "SLURM_STEP_NODELIST"})
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_others(alone, tmp_path):
+    path, folder = alone
+    started = job(path, tmp_path, folder / "cache", 2, 4)
+    awaited(started, tmp_path / "runs" / "x" / "metrics.jsonl", 5)
+    started[1].send_signal(signal.SIGSTOP)
+    _, err = started[0].communicate(timeout=60)
+    started[1].kill()
+    started[1].communicate()
+    assert started[0].returncode == 75
+    assert err.strip() == (
+        "error: process 1 said nothing for 30 seconds; the same command goes on from the last checkpoint"
+    )

@@ -1,6 +1,5 @@
 """Hardware that is not here: its names, and the step through its real compiler."""
 
-import importlib.util
 import json
 
 import pytest
@@ -12,7 +11,8 @@ from euroflax.planning import plan, targets
 from tests.conftest import ROOT, TINY, run, small
 
 SEVEN = ROOT / "experiments/7b_eu24.py"
-CUDA = pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="the extra cuda is not installed")
+HAS_CUDA = targets.compiler_version(planning.parse_target("h100:1x1")) is not None
+CUDA = pytest.mark.skipif(not HAS_CUDA, reason="the extra cuda is not installed")
 
 
 def analytical(monkeypatch, declared, target):
