@@ -139,7 +139,9 @@ def check(processes: Processes) -> None:
         ExperimentError: it makes no job.
     """
     count, number = processes.process_count, processes.process_id
-    if count < 1 or not 0 <= number < count:
+    if count < 1:
+        raise ExperimentError(f"--process-count={count} is no number of processes; use 1 or more")
+    if not 0 <= number < count:
         raise ExperimentError(
             f"--process-id={number} is no process of --process-count={count}; number processes from 0 to {count - 1}"
         )

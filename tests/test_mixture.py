@@ -141,7 +141,7 @@ def test_a_batch_of_a_stage_that_does_not_divide_over_the_mesh_is_refused():
     declared = small(mesh__data=8, stages=(Stage(from_tokens=900, batch_tokens=4 * 64),))
     (fault,) = validate(declared)
     assert fault.startswith("stages[0].batch_tokens=256 is 4 rows and does not divide over") and fault.endswith(
-        "use 512"
+        "use 512, or 4 devices"
     )
 
 

@@ -237,24 +237,30 @@ def _mesh(experiment: Experiment) -> Iterator[str]:
     for axis, size in sizes.items():
         if size < 1 and size != -1:
             yield f"mesh.{axis}={size} is no number of devices; use 1 or more, or -1 for what is left"
-    if list(sizes.values()).count(-1) > 1:
-        yield f"mesh={sizes} has more than one -1; give all sizes but one"
+    if len(free := [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]) > 1:
+        yield f"{'='.join(free)}=-1 asks for what is left more than once; give all sizes but one"
     divided: list[tuple[str, int, tuple[str, ...]]] = []
     divided += [(f"model.{f}", getattr(experiment.model, f), ("tensor",)) for f in _SPLIT_BY_TENSOR]
     divided.append(("model.embed_dim", experiment.model.embed_dim, ("fsdp", "sequence")))
     if experiment.data.sequence_length > 0:
         for span in _valid_spans(experiment):
             field = _field_of(experiment, span, "sequence_length")
-            divided.append((field, span.sequence_length, ("sequence", "tensor")))
-            if mesh.sequence > 1 and span.sequence_length % (2 * mesh.sequence):
+            length, ways = span.sequence_length, mesh.sequence * max(mesh.tensor, 1)
+            divided.append((field, length, ("sequence", "tensor")))
+            if mesh.sequence > 1 and length % (2 * mesh.sequence) and length % ways == 0:
                 yield (
-                    f"{field}={span.sequence_length} does not divide into two pieces for each of mesh.sequence="
-                    f"{mesh.sequence}; use {' or '.join(map(str, _near(span.sequence_length, 2 * mesh.sequence)))}"
+                    f"{field}={length} does not divide into two pieces for each of mesh.sequence={mesh.sequence}; "
+                    f"use {' or '.join(map(str, _near(length, 2 * mesh.sequence)))}"
                 )
+
+    def split(axes: tuple[str, ...]) -> set[str]:
+        return {axis for axis in axes if sizes[axis] > 1}
+
     for field, value, axes in dict.fromkeys(divided):
         ways = math.prod(max(sizes[axis], 1) for axis in axes)
-        if value > 0 and value % ways:
-            yield f"{field}={value} does not divide over {_product(sizes, axes)}; use {_divisors_near(value, ways)}"
+        if value > 0 and value % ways:  # the fix fits all that these axes divide, so that the fixes of all lines agree
+            common = math.gcd(*(v for _, v, over in divided if v > 0 and split(over) == split(axes)))
+            yield f"{field}={value} does not divide over {_product(sizes, axes)}; use {_divisors_near(common, ways)}"
     yield from _rows_over_mesh(experiment)
 
 
@@ -266,12 +272,13 @@ def _rows_over_mesh(experiment: Experiment) -> Iterator[str]:
         return
     for span in _valid_spans(experiment):
         if span.batch_rows % ways:
-            rows = _near(span.batch_rows, ways)
+            rows, parts = _near(span.batch_rows, ways), experiment.training.accumulation_steps
+            fewer = "" if span.batch_rows % parts else f", or {_divisors_near(span.batch_rows // parts, ways // parts)}"
             yield (
                 f"{_field_of(experiment, span, 'batch_tokens')}={span.batch_rows * span.sequence_length} is "
                 f"{span.batch_rows} rows and does not divide over {_product(sizes, axes)}"
-                f" x accumulation_steps {experiment.training.accumulation_steps} = {ways}; "
-                f"use {' or '.join(str(number * span.sequence_length) for number in rows)}"
+                f" x accumulation_steps {parts} = {ways}; "
+                f"use {' or '.join(str(number * span.sequence_length) for number in rows)}{fewer}"
             )
 
 

@@ -71,7 +71,8 @@ def hidden(config: Model, params: dict, batch: dict) -> Float[Array, "B L D"]:
             x_BRD = layer(x_BRD, jax.tree.map(operator.itemgetter(i), layers))
     else:
         x_BRD, _ = jax.lax.scan(lambda x, layer_params: (layer(x, layer_params), None), x_BRD, layers)
-    return constrain(rms_norm(x_BRD, params["final_norm_D"], config.norm_epsilon), "BLD")
+    normed_BRD = constrain(rms_norm(x_BRD, params["final_norm_D"], config.norm_epsilon), "BRD")
+    return constrain(normed_BRD, "BLD")
 
 
 def _in_compute_type(config: Model, layers: dict) -> dict:
@@ -83,7 +84,8 @@ def _embed(config: Model, params: dict, batch: dict) -> jax.Array:
     """The embeddings of the tokens: each device looks up its part of the width for the rows of all that share it."""
     embedding_VE = params["embedding_VD"].astype(jnp.dtype(config.compute_dtype))
     x_YSE = constrain(embedding_VE[constrain(batch["tokens_BL"], "YS")], "YSE")
-    return constrain(x_YSE, "BLD")
+    x_YLJ = constrain(x_YSE, "YLJ")  # one axis at a time: XLA exchanges no two at once, it gathers all instead
+    return constrain(x_YLJ, "BLD")
 
 
 def _apply_layer(

@@ -138,8 +138,10 @@ class Layer(nn.Module):
         c, ones = self.config, nn.initializers.ones
         attention_norm_D = self.param("attention_norm_D", ones, (c.embed_dim,))
         mlp_norm_D = self.param("mlp_norm_D", ones, (c.embed_dim,))
-        normed_BLD = constrain(rms_norm(x_BRD, attention_norm_D, c.norm_epsilon), "BLD")
+        normed_BRD = constrain(rms_norm(x_BRD, attention_norm_D, c.norm_epsilon), residual)
+        normed_BLD = constrain(normed_BRD, "BLD")
         change_BLD, cache = Attention(c, name="attention")(normed_BLD, segment_ids_BL, positions_BL, cache)
         x_BRD = x_BRD + constrain(change_BLD, residual)
-        normed_BLD = constrain(rms_norm(x_BRD, mlp_norm_D, c.norm_epsilon), "BLD")
+        normed_BRD = constrain(rms_norm(x_BRD, mlp_norm_D, c.norm_epsilon), residual)
+        normed_BLD = constrain(normed_BRD, "BLD")
         return x_BRD + constrain(FeedForward(c, name="mlp")(normed_BLD), residual), cache

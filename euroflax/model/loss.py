@@ -21,15 +21,19 @@ def token_losses(
     laid = {name: balanced(batch[name]) for name in (*INPUTS, "targets_BL")}
     hidden_BLD = hidden(config, params, laid)
     parts = ways("V")
-    chunks = _num_chunks(config.vocab_size // parts, -(-chunk_entries // parts))
+    chunks = num_chunks(config, chunk_entries, parts)
     kernel_DVXU = output_kernel(config, params).reshape(config.embed_dim, parts, chunks, -1)
     kernel_XDVU = constrain(jnp.moveaxis(kernel_DVXU, 2, 0), "XDVU", PARAMETERS)
     nats_BL, normaliser_BL = _losses(hidden_BLD, kernel_XDVU, laid["targets_BL"])
     return in_order(constrain(nats_BL, "BL")), in_order(constrain(normaliser_BL, "BL"))
 
 
-def _num_chunks(entries: int, most: int) -> int:
-    """The fewest equal chunks of at most `most` entries, where there are such of half of that at least; else one."""
+def num_chunks(config: Model, chunk_entries: int, parts: int) -> int:
+    """Into how many chunks the entries of each of `parts` parts of the vocabulary are cut.
+
+    The fewest equal ones of at most `chunk_entries` on all parts, where such have half of that at least; else one.
+    """
+    entries, most = config.vocab_size // parts, -(-chunk_entries // parts)
     fits = [chunk for chunk in range(most, 0, -1) if entries % chunk == 0]
     return entries // fits[0] if fits and 2 * fits[0] >= min(most, entries) else 1
 

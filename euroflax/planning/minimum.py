@@ -7,6 +7,7 @@ import jax
 
 from euroflax import sharding
 from euroflax.experiment import Experiment, Span
+from euroflax.model.loss import num_chunks
 from euroflax.sharding import letters_of, name_of
 from euroflax.training.step import init_state
 
@@ -56,10 +57,12 @@ def least_messages(declared: Experiment, span: Span, mesh: dict[str, int]) -> Le
 
     Each matrix is gathered for the forward and for the backward pass and its gradient scattered, in the compute type
     (Rajbhandari et al., "ZeRO", 2020, section 7.2.2), in each part of the batch. Embeddings are looked up where they
-    lie, or gathered, whichever moves less. Copies of the parameters add up their gradients: over `data` in each
+    lie and exchanged, one axis after the other. Copies of the parameters add up their gradients: over `data` in each
     part in the compute type, over `replica` once in float32. Devices that share rows gather keys and values for each
     pass and scatter their gradients. Over `tensor` each block gathers and scatters the residual stream in each pass
-    (Korthikanti et al., 2022).
+    (Korthikanti et al., 2022). What a pass leaves behind is not gathered again, and what `remat` computes again is:
+    without it weights, keys and values are gathered once; with it both blocks gather the stream three times, and
+    under "full" the first of them scatters it three times.
     """
     found: Least = {}
 
@@ -73,22 +76,23 @@ def least_messages(declared: Experiment, span: Span, mesh: dict[str, int]) -> Le
     model, s = declared.model, _sizes(declared, span, mesh)
     split = ("fsdp", "sequence")
     ways = mesh["fsdp"] * mesh["sequence"]
-    add("all-gather", split, 2 * s.matrices * s.width * s.parts)
+    passes = 1 if model.remat == "none" else 2
+    output = model.embed_dim * model.vocab_size / mesh["tensor"]
+    again = output if num_chunks(model, declared.training.loss_chunk_entries, mesh["tensor"]) > 1 else 0
+    add("all-gather", split, (passes * (s.matrices - output) + output + again) * s.width * s.parts)
     add("reduce-scatter", split, s.matrices * s.width * s.parts)
     stream = s.tokens * model.embed_dim * s.width * s.parts
-    if stream < s.table * s.width * s.parts:
-        add("all-to-all", split, 2 * stream)
-    else:
-        add("all-gather", split, s.table * s.width * s.parts)
-        add("reduce-scatter", split, s.table * s.width * s.parts)
+    for axis in split:
+        add("all-to-all", (axis,), 2 * stream)
     held = (s.matrices + (0 if model.tied_output else s.table) + s.vectors) / ways
     add("all-reduce", ("data",), held * s.width * s.parts)
     add("all-reduce", ("replica",), held * _FLOAT32)
     keys = s.tokens * mesh["sequence"] * 2 * model.num_kv_heads / mesh["tensor"] * model.head_dim
-    add("all-gather", ("sequence",), 2 * keys * s.width * model.num_layers * s.parts)
+    add("all-gather", ("sequence",), passes * keys * s.width * model.num_layers * s.parts)
     add("reduce-scatter", ("sequence",), keys * s.width * model.num_layers * s.parts)
-    add("all-gather", ("tensor",), (4 * model.num_layers + 2) * stream)
-    add("reduce-scatter", ("tensor",), (4 * model.num_layers + 2) * stream)
+    gathers, scatters = {"none": (4, 4), "dots": (6, 4), "full": (6, 5)}[model.remat]
+    add("all-gather", ("tensor",), (gathers * model.num_layers + 2) * stream)
+    add("reduce-scatter", ("tensor",), (scatters * model.num_layers + 2) * stream)
     return found
 
 

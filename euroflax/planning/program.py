@@ -356,10 +356,11 @@ def _ids(text: str, devices: int) -> tuple[int, ...]:
 
 
 def _group(rest: str, devices: int) -> tuple[int, ...]:
-    """The devices that take part in the same message."""
-    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest)
+    """The devices that take part in the same message; one alone where nothing is sent."""
+    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest)
     if pairs is not None:
-        return (int(pairs[1]), int(pairs[2]))
+        sent = (tuple(map(int, pair)) for pair in re.findall(r"(\d+),(\d+)", pairs[1]) if pair[0] != pair[1])
+        return next(sent, (0,))
     at = rest.find("replica_groups=")
     return _ids(rest[at + len("replica_groups=") :], devices) if at >= 0 else tuple(range(devices))
 

@@ -61,6 +61,10 @@ def parse_target(text: str) -> Target:
     example = "64x4 (nodes x GPUs in each)" if accelerator.platform == "cuda" else _name(_slices(kind)[4])
     sides = arrangement.split("x")
     if not all(side.isdecimal() and int(side) > 0 for side in sides) or len(arrangement) > 20:
+        if arrangement:
+            raise ExperimentError(
+                f"--on={text} is no arrangement of sizes of 1 or more; use {kind}:{example}, for example"
+            )
         raise ExperimentError(f"--on={text} has no arrangement; use {kind}:{example}, for example")
     shape = tuple(map(int, sides))
     if accelerator.platform == "cuda":
@@ -82,8 +86,7 @@ def _check_nodes(text: str, kind: str, shape: tuple[int, ...]) -> None:
         )
     nodes, gpus = shape
     if gpus > _MAX_GPUS_PER_NODE or nodes > _MAX_NODES:
-        total = min(nodes * gpus, _MAX_NODES * _MAX_GPUS_PER_NODE)
-        near = " or ".join(f"{kind}:{max(total // size, 1)}x{size}" for size in (4, 8))
+        near = " or ".join(f"{kind}:{min(max(nodes * gpus // size, 1), _MAX_NODES)}x{size}" for size in (4, 8))
         raise ExperimentError(
             f"--on={text} does not exist: nodes hold 1 to {_MAX_GPUS_PER_NODE} GPUs, jobs up to {_MAX_NODES} nodes; "
             f"the nearest are {near}"

@@ -11,7 +11,13 @@ from euroflax.planning.program import read_program
 from euroflax.training.step import abstract_state, compile_step
 from tests.conftest import small
 
-MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 4}, {"replica": 2, "fsdp": 4}, {"replica": 2, "data": 2, "fsdp": 2}]
+MESHES = [
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 4},
+    {"replica": 2, "fsdp": 4},
+    {"replica": 2, "data": 2, "fsdp": 2},
+    {"fsdp": 4, "sequence": 2},
+]
 SCALARS = 2_000
 """Bytes for the loss, the norm of the gradients and counts."""
 
@@ -165,6 +171,16 @@ def test_messages_that_another_core_sends_are_read_and_none_is_passed_over():
     assert (message.kind, message.axis, message.bytes) == ("all-gather", "fsdp", 3 * 8 * 16 * 4)
     with pytest.raises(ValueError, match="nothing known runs on_another_core, which sends messages"):
         read_program(ASYNC.replace("CALLS", "newly_named"), mesh)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "moved"), [("", {}), ("{0,0},{1,1}", {}), ("{0,0},{1,5},{5,1}", {"data": 8 * 16 * 4})], ids=str
+)
+def test_a_permutation_sends_only_what_changes_its_device(pairs, moved):
+    permute = f"%n = f32[8,16] collective-permute(%a), channel_id=4, source_target_pairs={{{pairs}}}"
+    text = HLO.replace("GROUPS", "{}").replace("  %z = s32[] constant(0)", f"  {permute}\n  %z = s32[] constant(0)")
+    found = read_program(text, {"data": 2, "fsdp": 4}).collectives
+    assert {m.axis: m.bytes for m in found if m.kind == "collective-permute"} == moved
 
 
 def test_devices_of_a_message_that_cannot_be_read_are_an_error():

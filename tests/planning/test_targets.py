@@ -39,7 +39,9 @@ def test_a_target_has_devices_and_nodes(text, devices, node):
         ("h100:4x64", "nodes hold 1 to 8 GPUs.*the nearest are h100:64x4 or h100:32x8"),
         ("h1000:2x4", "names no accelerator that is known; use one of v4, v5e"),
         ("v5p", "has no arrangement; use v5p:"),
-        ("v5p:0x4x4", "has no arrangement"),
+        ("v5p:0x4x4", "is no arrangement of sizes of 1 or more; use v5p:"),
+        ("h100:-1x4", "is no arrangement of sizes of 1 or more; use h100:64x4"),
+        ("h100:100000x4", "jobs up to 16384 nodes; the nearest are h100:16384x4 or h100:16384x8"),
     ],
 )
 def test_a_target_that_does_not_exist_is_refused_with_the_nearest(text, message):
