@@ -172,7 +172,8 @@ def _gather(value: jax.Array, letters: str) -> tuple[jax.Array, None]:
 
 
 def _scatter(letters: str, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    return (constrain(gradient, letters, PARAMETERS),)
+    # The whole sum first: asked at once for its parts, XLA gathers activations over some meshes of three axes.
+    return (constrain(constrain(gradient, letters), letters, PARAMETERS),)
 
 
 gathered.defvjp(_gather, _scatter)

@@ -260,7 +260,10 @@ def _mesh(experiment: Experiment) -> Iterator[str]:
         ways = math.prod(max(sizes[axis], 1) for axis in axes)
         if value > 0 and value % ways:  # the fix fits all that these axes divide, so that the fixes of all lines agree
             common = math.gcd(*(v for _, v, over in divided if v > 0 and split(over) == split(axes)))
-            yield f"{field}={value} does not divide over {_product(sizes, axes)}; use {_divisors_near(common, ways)}"
+            near = _divisors_near(common, ways)
+            if len(one := split(axes)) == 1:
+                near = f"mesh.{one.pop()}={near.removesuffix(' devices')}"
+            yield f"{field}={value} does not divide over {_product(sizes, axes)}; use {near}"
     yield from _rows_over_mesh(experiment)
 
 

@@ -106,7 +106,10 @@ def test_a_wrong_override_names_field_and_fix(field, value, message):
         ({"training__adam_beta2": 1.0}, "training.adam_beta2=1.0 is not in [0, 1)"),
         ({"mesh__tensor": 4, "mesh__data": 1}, "model.num_kv_heads=2 does not divide over mesh.tensor=4"),
         ({"mesh__fsdp": 3}, "model.embed_dim=32 does not divide over mesh.fsdp=3"),
-        ({"mesh__data": 1, "mesh__tensor": 3}, "model.num_heads=4 does not divide over mesh.tensor=3; use 2 devices"),
+        (
+            {"mesh__data": 1, "mesh__tensor": 3},
+            "model.num_heads=4 does not divide over mesh.tensor=3; use mesh.tensor=2",
+        ),
         ({"mesh__fsdp": -1}, "mesh.data=mesh.fsdp=-1 asks for what is left more than once"),
         ({"mesh__data": 0}, "mesh.data=0 is no number of devices"),
         ({"mesh__data": 16}, "training.batch_tokens=512 is 8 rows and does not divide over"),

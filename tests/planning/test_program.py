@@ -53,6 +53,12 @@ def test_a_step_moves_what_its_mesh_asks_for(mesh):
     assert {kind for kind, _ in least} - {m.kind for m in found.collectives} <= {"reduce-scatter"}
 
 
+def test_no_activation_is_gathered_where_rows_lengths_and_widths_are_split():
+    found, _, least = compiled({"fsdp": 2, "sequence": 2, "tensor": 2})
+    for message in (m for m in found.collectives if m.kind == "all-gather"):
+        assert message.bytes <= 1.45 * least.get(("all-gather", message.axis), 0) + SCALARS, message
+
+
 def test_gradients_cross_the_slow_network_once_a_step():
     parts = {"training__accumulation_steps": 2, "training__batch_tokens": 16 * 64}
     found, _, least = compiled({"replica": 2, "fsdp": 4}, **parts)

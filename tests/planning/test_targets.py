@@ -137,9 +137,10 @@ def test_7b_fits_gpus_and_moves_what_fsdp_must(monkeypatch, name):
 
 @CUDA
 @pytest.mark.compiler
-@pytest.mark.parametrize("axis", ["sequence", "tensor"])
-def test_7b_moves_what_other_meshes_must(axis):
-    target, declared = planning.parse_target("h100:16x4"), load(SEVEN, {"mesh.fsdp": "16", f"mesh.{axis}": "4"})
+@pytest.mark.parametrize(("sequence", "tensor"), [(4, 1), (1, 4), (2, 2)])
+def test_7b_moves_what_other_meshes_must(sequence, tensor):
+    mesh = {"mesh.fsdp": "16", "mesh.sequence": str(sequence), "mesh.tensor": str(tensor)}
+    target, declared = planning.parse_target("h100:16x4"), load(SEVEN, mesh)
     made = planning.make_plan(declared, 64, None, target)
     for row in made.collectives:  # the 4 GB: sums of embeddings over tensor
         assert 0.95 * row["minimum_bytes"] <= row["bytes"] <= 1.1 * row["minimum_bytes"] + 4e9, row
