@@ -53,6 +53,8 @@ class Checkpoints:
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         _quiet()
         self.latest = _agreed(self._clean() if jax.process_index() == 0 else None)
+        self.latest_saved = self.latest
+        """Step of the latest save, which may not be finished."""
         policies = checkpoint_managers.preservation_policy
         keep: list = [policies.LatestN(max(declared.keep_last, 2))]  # the last one is unproven until it is hashed
         if declared.keep_every_steps is not None:
@@ -104,7 +106,7 @@ class Checkpoints:
         chunks = jax.tree_util.tree_map_with_path(_chunks, state)
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state, chunks), facts=ocp.args.JsonSave(facts))
         self._manager.save(step, args=arguments, force=True)
-        self._finishing = self._pool.submit(self._finish, step)
+        self._finishing, self.latest_saved = self._pool.submit(self._finish, step), step
 
     def _finish(self, step: int) -> None:
         """Waits for Orbax to commit a step, then vouches for it. Orbax's own callback comes before its commit."""

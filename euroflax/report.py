@@ -62,6 +62,7 @@ def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: 
         "declared": declared,
         "manifest": manifest,
         "steps": steps,
+        "skipped": [line for line in steps if "skipped" in line],
         "done": steps[-1]["tokens"] if steps else 0,
         "total": declared.total_tokens,
         "evaluations": evaluations,

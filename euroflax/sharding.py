@@ -3,9 +3,9 @@
 A tensor's name ends in its dimensions: `query_DHK` is embed x heads x head dim. The letters are
 A parts of a batch, W rows of the whole batch, B rows of one replica's batch, L length, R length of the residual
 stream between blocks, S source length, D embed, H heads, G kv heads, K head dim, F mlp, V vocabulary, X chunks of it
-and U entries of a chunk, N layers, M languages; and where tokens look up their embeddings, Y rows and E embed, which
-is J on its way to D. A letter that is not in a table, or a mesh axis that comes twice in one tensor, is an error, on
-one CPU as on a thousand accelerators.
+and U entries of a chunk, N layers, M languages, I skipped steps; and where tokens look up their embeddings, Y rows
+and E embed, which is J on its way to D. A letter that is not in a table, or a mesh axis that comes twice in one
+tensor, is an error, on one CPU as on a thousand accelerators.
 
 The replicas of the slow axis are the leading dimension of a `vmap`, in `per_replica`: nothing below it crosses them.
 """
@@ -31,6 +31,7 @@ AXES = ("replica", "data", "fsdp", "sequence", "tensor")
 
 PARAMETERS: Table = {
     "N": None,
+    "I": None,
     "D": ("fsdp", "sequence"),
     "H": "tensor",
     "G": "tensor",

@@ -160,6 +160,18 @@ class Schedule:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Guard:
+    """Which steps are not applied: never one whose loss or gradient is not finite."""
+
+    deviations: float | None = 6.0
+    """Nor one whose loss or gradient norm is so many standard deviations above its running mean; None: any height."""
+    window_steps: int = 128
+    """Steps that the running mean and deviation are taken over, and before which no step is too high."""
+    max_skipped: int = 8
+    """More steps than these that are not applied, of the last `window_steps`, or most of all steps, end the run."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
     """How long, in what batches and by which optimizer."""
 
@@ -185,6 +197,8 @@ class Training:
     """Weight of the squared log-normaliser in the objective; the reported loss is without it."""
     loss_chunk_entries: int = 8192
     """Entries of the vocabulary whose logits exist at one time, if so many divide it."""
+    guard: Guard = Guard()
+    """Which steps are not applied."""
     seed: int = 0
     """Seeds the parameters and the order of rows."""
     deterministic: bool = False

@@ -31,7 +31,7 @@ def validate(experiment: Experiment) -> list[str]:
     faults = check_types(experiment)
     if faults:
         return faults
-    for rules in (_sizes, _sources, mixtures, _stages, _rows_of_stages, _training, _schedule, _mesh):
+    for rules in (_sizes, _sources, mixtures, _stages, _rows_of_stages, _training, _schedule, _guard, _mesh):
         faults.extend(rules(experiment))
     return faults
 
@@ -228,6 +228,19 @@ def _schedule(experiment: Experiment) -> Iterator[str]:
         yield (
             f"training.schedule.decay_tokens={schedule.decay_tokens} is not used by kind=cosine, which decays "
             "from the warm-up to the end; leave it out"
+        )
+
+
+def _guard(experiment: Experiment) -> Iterator[str]:
+    guard = experiment.training.guard
+    if guard.deviations is not None and not 1 <= guard.deviations < math.inf:
+        yield f"training.guard.deviations={guard.deviations} would refuse common steps; use 6 or so, or None"
+    yield from _at_least("training.guard.window_steps", guard.window_steps, 2)
+    yield from _at_least("training.guard.max_skipped", guard.max_skipped, 0)
+    if guard.max_skipped >= guard.window_steps >= 2:
+        yield (
+            f"training.guard.max_skipped={guard.max_skipped} is never exceeded in window_steps="
+            f"{guard.window_steps} steps; use {guard.window_steps - 1} or less"
         )
 
 

@@ -148,7 +148,8 @@ def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState) -> Tra
         if last or stopping or evaluates or _is_due(step, declared.checkpoint.every_steps):
             with job.clock.on("step"):
                 stopping = meter.flush() or stopping
-        saves = last or stopping or _is_due(step, declared.checkpoint.every_steps)
+        due = _is_due(step, declared.checkpoint.every_steps)
+        saves = last or stopping or (due and not meter.skipped)  # what may be ruined pushes no good one out
         try:
             if evaluates and not stopping:
                 _evaluate(job, state, step)

@@ -1,6 +1,5 @@
 """The metrics of steps, read one step late so that no device waits for the host."""
 
-import math
 import time
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 from euroflax import model
 from euroflax.accelerators import peak_flops
 from euroflax.experiment import RunFailed
+from euroflax.training.guard import REASONS
 from euroflax.training.job import Job
 from euroflax.training.stop import Stop
 
@@ -21,6 +21,9 @@ class Meter:
         self._session = job.record.manifest["sessions"][-1]
         self._pending: list[tuple[dict, jax.Array | None]] = []
         self._clock = time.perf_counter()
+        self._skipped: list[tuple[int, int]] = []
+        self.skipped = False
+        """Whether the last step that was read was not applied."""
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = None if peak is None else peak * jax.device_count()
 
@@ -55,13 +58,34 @@ class Meter:
         self._session["position"] = self._position
         del line["flops"]
         self._job.record.append([line])
-        if not math.isfinite(line["loss"]):
-            raise RunFailed(
-                f"the loss of step {self._step} is not finite; look at the data and the learning rate: "
-                "the last checkpoint is from before it"
-            )
+        self.skipped = "skipped" in line
+        if self.skipped:
+            self._tell(line, bool(read["too_many"]))
         self._job.display.step(line, self._job.declared.total_tokens)
         return stopping
+
+    def _tell(self, line: dict, too_many: bool) -> None:
+        """Tells of a step that was not applied.
+
+        Raises:
+            RunFailed: there were too many.
+        """
+        first, last = line["rows"]
+        self._job.display.note(
+            f"step {line['step']} is not applied, {line['skipped']}: loss {line['loss']:.4g}, gradient norm "
+            f"{line['grad_norm']:.4g}; its rows are {first} to {last} (show --row {first})"
+        )
+        self._skipped.append((first, last))
+        if not too_many:
+            return
+        guard, latest = self._job.declared.training.guard, self._job.checkpoints.latest_saved
+        rows = ", ".join(f"{first} to {last}" for first, last in self._skipped[-guard.max_skipped - 1 :])
+        raise RunFailed(
+            f"more than {guard.max_skipped} of the last {guard.window_steps} steps, or most of all, were not applied, "
+            f"the latest since {line['skipped']}: rows {rows}; likely bad documents (show --row says whose they are), "
+            f"a learning rate too high or a broken device; "
+            f"{'there is no checkpoint yet' if latest is None else f'checkpoint {latest} is kept'}"
+        )
 
     def _line(self, read: dict, seconds: float) -> dict:
         declared = self._job.declared
@@ -72,6 +96,8 @@ class Meter:
         sums, weights = read["loss_sum_M"], read["weight_M"]
         present = [(i, code) for i, code in enumerate(declared.language_codes) if weights[i] > 0]
         mfu = None if self._peak is None else flops / seconds / self._peak
+        skipped = int(read["skipped"])
+        why = {"skipped": REASONS[skipped], "rows": [before, self._position - 1]} if skipped else {}
         return {
             "step": self._step,
             "sequences": self._position,
@@ -85,6 +111,7 @@ class Meter:
             "tokens_per_second": tokens / seconds,
             "mfu": mfu,
             "flops": flops,
+            **why,
         }
 
 

@@ -11,6 +11,7 @@ import optax
 from euroflax import model
 from euroflax.experiment import Experiment, Span
 from euroflax.sharding import constrain, per_replica, shardings
+from euroflax.training.guard import FINE, GuardState, init_guard, judge, select
 from euroflax.training.objectives import next_token
 from euroflax.training.optimizer import learning_rate, make_optimizer
 
@@ -25,6 +26,7 @@ class TrainState:
     """Rows consumed, uint32."""
     params: dict
     optimizer: optax.OptState
+    guard: GuardState
 
 
 Step = Callable[[TrainState, dict], tuple[TrainState, dict]]
@@ -38,6 +40,7 @@ def init_state(declared: Experiment) -> TrainState:
         position=jnp.zeros((), jnp.uint32),
         params=params,
         optimizer=make_optimizer(declared.training).init(params),
+        guard=init_guard(declared.training.guard),
     )
 
 
@@ -54,8 +57,11 @@ def abstract_state(declared: Experiment, mesh: jax.sharding.Mesh | jax.sharding.
 def train_step(declared: Experiment, span: Span, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
     """One step of a stage on a batch of the contract's arrays, `[B, L]` each.
 
+    A step that the guard refuses consumes its rows and leaves parameters and optimizer as they were.
+
     Returns:
-        The new state, and `loss`, `loss_sum_M`, `weight_M`, `padding`, `grad_norm`, `learning_rate`.
+        The new state, and `loss`, `loss_sum_M`, `weight_M`, `padding`, `grad_norm`, `learning_rate`, `skipped` (the
+        guard's reason, 0 for none), `too_many`.
     """
     training = declared.training
     total_weight = jnp.maximum(jnp.sum(batch["loss_weights_BL"]), 1.0)
@@ -68,7 +74,10 @@ def train_step(declared: Experiment, span: Span, state: TrainState, batch: dict)
     updates, optimizer = make_optimizer(training).update(gradients, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
     metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": rate}
-    return TrainState(state.step + 1, position, params, optimizer), metrics
+    guard, reason, too_many = judge(training.guard, state.guard, state.step + 1, metrics["loss"], metrics["grad_norm"])
+    metrics |= {"skipped": reason, "too_many": too_many}
+    params, optimizer = select(reason == FINE, (params, optimizer), (state.params, state.optimizer))
+    return TrainState(state.step + 1, position, params, optimizer, guard), metrics
 
 
 def compile_step(declared: Experiment, span: Span, shardings_of_state: TrainState) -> jax.stages.Wrapped:

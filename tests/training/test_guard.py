@@ -1,0 +1,159 @@
+"""What the guard refuses, on numbers, in a step and in a run; each fault is planted."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from euroflax import report, verbs
+from euroflax.data.loader import empty_batch
+from euroflax.experiment import Guard, Interrupted, RunFailed
+from euroflax.training import guard as guards
+from euroflax.training import loop
+from euroflax.training.step import init_state, train_step
+from euroflax.training.stop import Stop
+from tests.conftest import small
+
+GUARD = Guard(deviations=4.0, window_steps=8, max_skipped=2)
+NAN, INF = float("nan"), float("inf")
+
+
+def judged(pairs, guard=GUARD):
+    """The reason of each step of given losses and norms, whether there were too many, and the state in the end."""
+    state, found = guards.init_guard(guard), []
+    for step, (loss, norm) in enumerate(pairs, 1):
+        state, reason, too_many = guards.judge(guard, state, jnp.int32(step), jnp.float32(loss), jnp.float32(norm))
+        found.append((int(reason), bool(too_many)))
+    return found, state
+
+
+def calm(steps):
+    """Losses and norms that waver by a tenth."""
+    return [(3.0 + 0.1 * (-1) ** step, 1.0 + 0.1 * (-1) ** step) for step in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("planted", "reason"),
+    [
+        ((NAN, 1.0), guards.LOSS_NOT_FINITE),
+        ((3.0, INF), guards.GRADIENT_NOT_FINITE),
+        ((NAN, NAN), guards.LOSS_NOT_FINITE),
+        ((3.6, 1.0), guards.LOSS_HIGH),
+        ((3.0, 1.6), guards.GRADIENT_HIGH),
+        ((2.0, 0.1), guards.FINE),
+        ((3.3, 1.2), guards.FINE),
+    ],
+)
+def test_a_planted_step_is_refused_for_its_reason_and_leaves_the_statistics_as_they_were(planted, reason):
+    found, state = judged([*calm(10), planted])
+    assert [r for r, _ in found] == [0] * 10 + [reason] and not found[-1][1]
+    if reason:
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool(a == b), state.loss_mean, judged(calm(10))[1].loss_mean))
+        assert int(state.skipped) == 1 and int(state.count) == 10 and int(state.last_skips_I[-1]) == 11
+
+
+def test_mean_and_deviation_are_those_of_the_steps_so_far():
+    pairs = calm(7)
+    state = judged(pairs)[1]
+    losses = np.array([loss for loss, _ in pairs])
+    np.testing.assert_allclose([state.loss_mean, state.loss_variance], [losses.mean(), losses.var()], rtol=1e-5)
+
+
+def test_no_height_is_refused_before_the_window_is_full_or_without_a_bound():
+    assert judged([*calm(7), (30.0, 10.0)])[0][-1] == (0, False)
+    assert judged([*calm(20), (30.0, 10.0)], dataclasses.replace(GUARD, deviations=None))[0][-1] == (0, False)
+
+
+def test_more_than_the_bound_in_the_window_are_too_many():
+    bad = (NAN, 1.0)
+    assert [many for _, many in judged([*calm(8), bad, *calm(3), bad, bad])[0]][-3:] == [False, False, True]
+    assert not any(many for _, many in judged([*calm(8), bad, *calm(5), bad, *calm(2), bad])[0])
+    assert [many for _, many in judged([(3.0, 1.0), bad, bad, bad], Guard())[0]] == [False, False, False, True]
+
+
+def batch_of(declared, weight):
+    rows, length = declared.batch_rows, declared.data.sequence_length
+    batch = {name: jnp.asarray(values) for name, values in empty_batch(rows, length, 0).items()}
+    tokens = jax.random.randint(jax.random.key(1), (rows, length), 0, declared.model.vocab_size)
+    ones = jnp.ones((rows, length), jnp.int32)
+    weights = jnp.ones((rows, length)).at[0, 0].set(weight)
+    return batch | {"tokens_BL": tokens, "targets_BL": tokens, "segment_ids_BL": ones, "loss_weights_BL": weights}
+
+
+def test_a_refused_step_changes_no_bit_of_parameters_and_optimizer_and_consumes_its_rows():
+    declared = small()
+    state = init_state(declared)
+    step = jax.jit(lambda state, batch: train_step(declared, declared.spans[0], state, batch))
+    refused, metrics = step(state, batch_of(declared, NAN))
+    assert int(metrics["skipped"]) == guards.LOSS_NOT_FINITE
+    same = jax.tree.map(
+        lambda a, b: bool(jnp.array_equal(a, b)), (refused.params, refused.optimizer), (state.params, state.optimizer)
+    )
+    assert jax.tree.all(same) and int(refused.position) == declared.batch_rows and int(refused.step) == 1
+    applied, metrics = step(refused, batch_of(declared, 1.0))
+    assert int(metrics["skipped"]) == 0 and not jnp.array_equal(
+        applied.params["embedding_VD"], state.params["embedding_VD"]
+    )
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Makes the batches of some steps ones whose loss is not finite."""
+    genuine, bad = loop.batches, set()
+
+    def batches(declared, rows, position, mine):
+        for number, batch in enumerate(genuine(declared, rows, position, mine), position // declared.batch_rows + 1):
+            weights = batch["loss_weights_BL"]
+            yield batch | {"loss_weights_BL": weights * np.float32(NAN)} if number in bad else batch
+
+    monkeypatch.setattr(loop, "batches", batches)
+    return bad
+
+
+class Notes(verbs.SilentDisplay):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def test_a_run_with_a_planted_nan_goes_on_says_so_and_resumes_to_the_same_bits(folders, planted, monkeypatch):
+    planted.add(3)
+    display = Notes()
+    whole = verbs.train(small(name="whole"), folders, display)
+    (line,) = [line for line in whole.metrics if "skipped" in line]
+    assert line["step"] == 3 and line["skipped"] == "its loss is not finite" and line["rows"] == [16, 23]
+    assert line["loss"] is None and any("step 3 is not applied, its loss is not finite" in n for n in display.notes)
+    assert any("show --row 16" in note for note in display.notes)
+    stop = Stop()
+
+    class StopAtFour(Notes):
+        def step(self, metrics, total):
+            if metrics["step"] == 4:
+                stop.request("a test")
+
+    with pytest.raises(Interrupted):
+        verbs.train(small(name="cut"), folders, StopAtFour(), stop)
+    cut = verbs.train(small(name="cut"), folders)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), whole.params, cut.params))
+
+
+def test_too_many_refused_steps_end_the_run_and_keep_the_checkpoint_from_before_them(folders, planted):
+    planted.update({4, 5, 6})
+    declared = small(training__guard=Guard(max_skipped=2), checkpoint__every_steps=1)
+    with pytest.raises(RunFailed, match=r"rows 24 to 31, 32 to 39, 40 to 47; .*checkpoint 3 is kept"):
+        verbs.train(declared, folders)
+    assert verbs.latest_step(folders.run_dir(declared.name) / "checkpoints") == 3
+
+
+def test_a_refused_step_stands_in_the_report(folders, planted):
+    planted.add(2)
+    run = verbs.train(small(), folders)
+    page = report.write(run.path).read_text()
+    assert "Steps not applied" in page and "8 to 15" in page and "its loss is not finite" in page
+    planted.clear()
+    page = report.write(verbs.train(small(name="fine"), folders).path).read_text()
+    assert "Steps not applied" not in page
