@@ -173,8 +173,9 @@ def _gather(value: jax.Array, letters: str) -> tuple[jax.Array, None]:
 
 
 def _scatter(letters: str, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    # The whole sum first: asked at once for its parts, XLA gathers activations over some meshes of three axes.
-    return (constrain(constrain(gradient, letters), letters, PARAMETERS),)
+    if ways("L") > 1 and ways("H") > 1:  # asked at once for parts over three axes, XLA gathers activations instead
+        gradient = constrain(gradient, letters.replace("D", "J"))
+    return (constrain(gradient, letters, PARAMETERS),)
 
 
 gathered.defvjp(_gather, _scatter)
