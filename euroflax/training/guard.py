@@ -1,11 +1,13 @@
 """The guard: a step whose loss or gradient is out of all proportion is not applied. It is decided on the device."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from euroflax import experiment
+
+T = TypeVar("T")
 
 FINE, LOSS_NOT_FINITE, GRADIENT_NOT_FINITE, LOSS_HIGH, GRADIENT_HIGH = range(5)
 REASONS = {
@@ -20,7 +22,7 @@ _NEVER = -(2**30)
 class GuardState(NamedTuple):
     """What the guard knows of the steps so far: scalars, and steps of the last ones that were not applied."""
 
-    count: jax.Array
+    applied: jax.Array
     """Steps that were applied, int32."""
     loss_mean: jax.Array
     loss_variance: jax.Array
@@ -59,7 +61,7 @@ def judge(
     """
     reason = jnp.int32(FINE)
     if guard.deviations is not None:
-        seen = state.count >= guard.window_steps
+        seen = state.applied >= guard.window_steps
         norm_high = norm > state.norm_mean + guard.deviations * jnp.sqrt(state.norm_variance)
         loss_high = loss > state.loss_mean + guard.deviations * jnp.sqrt(state.loss_variance)
         reason = jnp.where(seen & norm_high, GRADIENT_HIGH, reason)
@@ -67,10 +69,10 @@ def judge(
     reason = jnp.where(jnp.isfinite(norm), reason, GRADIENT_NOT_FINITE)
     reason = jnp.where(jnp.isfinite(loss), reason, LOSS_NOT_FINITE).astype(jnp.int32)
     fine = reason == FINE
-    weight = 1.0 / jnp.minimum(state.count + 1, guard.window_steps).astype(jnp.float32)
+    weight = 1.0 / jnp.minimum(state.applied + 1, guard.window_steps).astype(jnp.float32)
     loss_change, norm_change = loss - state.loss_mean, norm - state.norm_mean
     applied = state._replace(
-        count=state.count + 1,
+        applied=state.applied + 1,
         loss_mean=state.loss_mean + weight * loss_change,
         loss_variance=(1 - weight) * (state.loss_variance + weight * loss_change**2),
         norm_mean=state.norm_mean + weight * norm_change,
@@ -82,6 +84,6 @@ def judge(
     return select(fine, applied, refused), reason, ~fine & many
 
 
-def select(fine: jax.Array, new: object, old: object) -> object:
+def select(fine: jax.Array, new: T, old: T) -> T:
     """The new tree where a step is fine, else the old one, bit for bit."""
     return jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, old)

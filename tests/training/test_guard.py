@@ -51,7 +51,7 @@ def test_a_planted_step_is_refused_for_its_reason_and_leaves_the_statistics_as_t
     assert [r for r, _ in found] == [0] * 10 + [reason] and not found[-1][1]
     if reason:
         assert jax.tree.all(jax.tree.map(lambda a, b: bool(a == b), state.loss_mean, judged(calm(10))[1].loss_mean))
-        assert int(state.skipped) == 1 and int(state.count) == 10 and int(state.last_skips_I[-1]) == 11
+        assert int(state.skipped) == 1 and int(state.applied) == 10 and int(state.last_skips_I[-1]) == 11
 
 
 def test_mean_and_deviation_are_those_of_the_steps_so_far():
