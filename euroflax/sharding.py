@@ -4,8 +4,9 @@ A tensor's name ends in its dimensions: `query_DHK` is embed x heads x head dim.
 A parts of a batch, W rows of the whole batch, B rows of one replica's batch, L length, R length of the residual
 stream between blocks, S source length, D embed, H heads, G kv heads, K head dim, F mlp, V vocabulary, X chunks of it
 and U entries of a chunk, N layers, M languages, I skipped steps; and where tokens look up their embeddings, Y rows
-and E embed, which is J on its way to D. A letter that is not in a table, or a mesh axis that comes twice in one
-tensor, is an error, on one CPU as on a thousand accelerators.
+and E embed. J is embed half-way, over one of its two axes: messages over both at once XLA does not find. A letter that
+is not in a table, or a mesh axis that comes twice in one tensor, is an error, on one CPU as on a thousand
+accelerators.
 
 The replicas of the slow axis are the leading dimension of a `vmap`, in `per_replica`: nothing below it crosses them.
 """
@@ -162,6 +163,14 @@ def constrain(value: jax.Array, letters: str, table: Table = ACTIVATIONS) -> jax
     return jax.lax.with_sharding_constraint(value, placement)
 
 
+def scattered(gradient: jax.Array, letters: str) -> jax.Array:
+    """The gradient of a parameter, summed over devices and split as parameters are: one axis after the other.
+
+    Asked for both axes of D at once, XLA gathers activations over some meshes instead.
+    """
+    return constrain(constrain(gradient, letters.replace("D", "J")), letters, PARAMETERS)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(value: jax.Array, letters: str) -> jax.Array:
     """A parameter as products take it: whole where parameters are split over fsdp; its gradient is split again."""
@@ -173,9 +182,7 @@ def _gather(value: jax.Array, letters: str) -> tuple[jax.Array, None]:
 
 
 def _scatter(letters: str, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    if ways("L") > 1 and ways("H") > 1:  # asked at once for parts over three axes, XLA gathers activations instead
-        gradient = constrain(gradient, letters.replace("D", "J"))
-    return (constrain(gradient, letters, PARAMETERS),)
+    return (scattered(gradient, letters),)
 
 
 gathered.defvjp(_gather, _scatter)

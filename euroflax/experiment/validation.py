@@ -273,10 +273,9 @@ def _mesh(experiment: Experiment) -> Iterator[str]:
         ways = math.prod(max(sizes[axis], 1) for axis in axes)
         if value > 0 and value % ways:  # the fix fits all that these axes divide, so that the fixes of all lines agree
             common = math.gcd(*(v for _, v, over in divided if v > 0 and split(over) == split(axes)))
-            near = _divisors_near(common, ways)
-            if len(one := split(axes)) == 1:
-                near = f"mesh.{one.pop()}={near.removesuffix(' devices')}"
-            yield f"{field}={value} does not divide over {_product(sizes, axes)}; use {near}"
+            near, over = " or ".join(map(str, _divisors_near(common, ways))), sorted(split(axes))
+            fix = f"mesh.{over[0]}={near}" if len(over) == 1 else f"{near} devices"
+            yield f"{field}={value} does not divide over {_product(sizes, axes)}; use {fix}"
     yield from _rows_over_mesh(experiment)
 
 
@@ -289,7 +288,8 @@ def _rows_over_mesh(experiment: Experiment) -> Iterator[str]:
     for span in _valid_spans(experiment):
         if span.batch_rows % ways:
             rows, parts = _near(span.batch_rows, ways), experiment.training.accumulation_steps
-            fewer = "" if span.batch_rows % parts else f", or {_divisors_near(span.batch_rows // parts, ways // parts)}"
+            able = [] if span.batch_rows % parts else _divisors_near(span.batch_rows // parts, ways // parts)
+            fewer = f", or {' or '.join(map(str, able))} devices" if able else ""
             yield (
                 f"{_field_of(experiment, span, 'batch_tokens')}={span.batch_rows * span.sequence_length} is "
                 f"{span.batch_rows} rows and does not divide over {_product(sizes, axes)}"
@@ -316,8 +316,7 @@ def _near(value: int, factor: int) -> list[int]:
     return [multiple for multiple in (below, below + factor) if multiple > 0]
 
 
-def _divisors_near(value: int, ways: int) -> str:
+def _divisors_near(value: int, ways: int) -> list[int]:
     """The divisors of a value that are nearest to a number of devices, from below and above."""
     divisors = [d for d in range(1, value + 1) if value % d == 0]
-    near = [max(d for d in divisors if d <= ways), *[d for d in divisors if d > ways][:1]]
-    return " or ".join(map(str, near)) + " devices"
+    return [max(d for d in divisors if d <= ways), *[d for d in divisors if d > ways][:1]]

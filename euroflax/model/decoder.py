@@ -84,7 +84,7 @@ def _embed(config: Model, params: dict, batch: dict) -> jax.Array:
     """The embeddings of the tokens: each device looks up its part of the width for the rows of all that share it."""
     embedding_VE = params["embedding_VD"].astype(jnp.dtype(config.compute_dtype))
     x_YSE = constrain(embedding_VE[constrain(batch["tokens_BL"], "YS")], "YSE")
-    x_YLJ = constrain(x_YSE, "YLJ")  # one axis at a time: XLA exchanges no two at once, it gathers all instead
+    x_YLJ = constrain(x_YSE, "YLJ")
     return constrain(x_YLJ, "BLD")
 
 

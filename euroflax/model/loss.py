@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from euroflax.experiment import Model
 from euroflax.model.attention import balanced, in_order
 from euroflax.model.decoder import INPUTS, hidden, output_kernel
-from euroflax.sharding import PARAMETERS, constrain, ways
+from euroflax.sharding import PARAMETERS, constrain, scattered, ways
 
 
 def token_losses(
@@ -74,7 +74,7 @@ def _losses_backward(kept: tuple, changes: tuple) -> tuple:
         of_logits_BLVU -= jnp.where(is_target_BLVU, of_nats_BL[:, :, None, None], 0)
         of_logits_BLVU = of_logits_BLVU.astype(hidden_BLD.dtype)
         total_VBLD += jnp.einsum("BLVU,DVU->VBLD", of_logits_BLVU, kernel_DVU, preferred_element_type=jnp.float32)
-        of_part_DVU = constrain(jnp.einsum("BLD,BLVU->DVU", hidden_BLD, of_logits_BLVU), "DVU", PARAMETERS)
+        of_part_DVU = scattered(jnp.einsum("BLD,BLVU->DVU", hidden_BLD, of_logits_BLVU), "DVU")
         return constrain(total_VBLD, "VBLD"), of_part_DVU.astype(kernel_XDVU.dtype)
 
     start_VBLD = constrain(jnp.zeros((kernel_XDVU.shape[2], *hidden_BLD.shape)), "VBLD")

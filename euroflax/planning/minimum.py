@@ -55,14 +55,14 @@ def _sizes(declared: Experiment, span: Span, mesh: dict[str, int]) -> _Sizes:
 def least_messages(declared: Experiment, span: Span, mesh: dict[str, int]) -> Least:
     """The bytes that each device must send in a step, by kind and axis, if parameters lie as the tables say.
 
-    Each matrix is gathered for the forward and for the backward pass and its gradient scattered, in the compute type
-    (Rajbhandari et al., "ZeRO", 2020, section 7.2.2), in each part of the batch. Embeddings are looked up where they
-    lie and exchanged, one axis after the other. Copies of the parameters add up their gradients: over `data` in each
-    part in the compute type, over `replica` once in float32. Devices that share rows gather keys and values for each
-    pass and scatter their gradients. Over `tensor` each block gathers and scatters the residual stream in each pass
-    (Korthikanti et al., 2022). What a pass leaves behind is not gathered again, and what `remat` computes again is:
-    without it weights, keys and values are gathered once; with it both blocks gather the stream three times, and
-    under "full" the first of them scatters it three times.
+    Each matrix is gathered for the forward and for the backward pass and its gradient scattered, one axis after the
+    other, in the compute type (Rajbhandari et al., "ZeRO", 2020, section 7.2.2), in each part of the batch. Embeddings
+    are looked up where they lie and exchanged likewise. Copies of the parameters add up their gradients: over `data`
+    in each part in the compute type, over `replica` once in float32. Devices that share rows gather keys and values
+    for each pass and scatter their gradients. Over `tensor` each block gathers and scatters the residual stream in
+    each pass (Korthikanti et al., 2022). What a pass leaves behind is not gathered again, and what `remat` computes
+    again is: without it weights, keys and values are gathered once; with it both blocks gather the stream three times,
+    and under "full" the first of them scatters it three times.
     """
     found: Least = {}
 
@@ -80,7 +80,8 @@ def least_messages(declared: Experiment, span: Span, mesh: dict[str, int]) -> Le
     output = model.embed_dim * model.vocab_size / mesh["tensor"]
     again = output if num_chunks(model, declared.training.loss_chunk_entries, mesh["tensor"]) > 1 else 0
     add("all-gather", split, (passes * (s.matrices - output) + output + again) * s.width * s.parts)
-    add("reduce-scatter", split, s.matrices * s.width * s.parts)
+    add("reduce-scatter", ("fsdp",), s.matrices * s.width * s.parts)
+    add("reduce-scatter", ("sequence",), s.matrices / mesh["fsdp"] * s.width * s.parts)
     stream = s.tokens * model.embed_dim * s.width * s.parts
     for axis in split:
         add("all-to-all", (axis,), 2 * stream)

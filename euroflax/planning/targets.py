@@ -61,11 +61,8 @@ def parse_target(text: str) -> Target:
     example = "64x4 (nodes x GPUs in each)" if accelerator.platform == "cuda" else _name(_slices(kind)[4])
     sides = arrangement.split("x")
     if not all(side.isdecimal() and int(side) > 0 for side in sides) or len(arrangement) > 20:
-        if arrangement:
-            raise ExperimentError(
-                f"--on={text} is no arrangement of sizes of 1 or more; use {kind}:{example}, for example"
-            )
-        raise ExperimentError(f"--on={text} has no arrangement; use {kind}:{example}, for example")
+        fault = "is no arrangement of sizes of 1 or more" if arrangement else "has no arrangement"
+        raise ExperimentError(f"--on={text} {fault}; use {kind}:{example}, for example")
     shape = tuple(map(int, sides))
     if accelerator.platform == "cuda":
         _check_nodes(text, kind, shape)

@@ -1,13 +1,12 @@
 """The guard: a step whose loss or gradient is out of all proportion is not applied. It is decided on the device."""
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from euroflax import experiment
-
-T = TypeVar("T")
 
 FINE, LOSS_NOT_FINITE, GRADIENT_NOT_FINITE, LOSS_HIGH, GRADIENT_HIGH = range(5)
 REASONS = {
@@ -16,6 +15,7 @@ REASONS = {
     LOSS_HIGH: "its loss is far above those before it",
     GRADIENT_HIGH: "its gradient is far above those before it",
 }
+NOT_FINITE = (LOSS_NOT_FINITE, GRADIENT_NOT_FINITE)
 _NEVER = -(2**30)
 
 
@@ -81,9 +81,4 @@ def judge(
     last_skips_I = jnp.append(state.last_skips_I[1:], step)
     refused = state._replace(skipped=state.skipped + 1, last_skips_I=last_skips_I)
     many = (step - last_skips_I[0] < guard.window_steps) | (2 * refused.skipped > step + 1)
-    return select(fine, applied, refused), reason, ~fine & many
-
-
-def select(fine: jax.Array, new: T, old: T) -> T:
-    """The new tree where a step is fine, else the old one, bit for bit."""
-    return jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, old)
+    return optax.tree.where(fine, applied, refused), reason, ~fine & many

@@ -131,6 +131,7 @@ def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState) -> Tra
     meter = Meter(job, step, position)
     loader = batches(declared, rows, position, mine)
     steps: dict[int, Step] = {}
+    due = False
     while position < declared.total_rows:
         span = declared.span_at(position)
         with job.clock.on("data"):
@@ -145,24 +146,31 @@ def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState) -> Tra
             stopping = meter.dispatched(metrics)
         last = position >= declared.total_rows
         evaluates = last or _is_due(step, declared.evaluation.every_steps)
-        if last or stopping or evaluates or _is_due(step, declared.checkpoint.every_steps):
+        due = due or _is_due(step, declared.checkpoint.every_steps)
+        if last or stopping or evaluates or due:
             with job.clock.on("step"):
                 stopping = meter.flush() or stopping
-        due = _is_due(step, declared.checkpoint.every_steps)
-        saves = last or stopping or (due and not meter.skipped)  # what may be ruined pushes no good one out
         try:
             if evaluates and not stopping:
                 _evaluate(job, state, step)
         except Interrupted:
-            stopping = saves = True
+            stopping = True
+        # Behind a step that was not applied the state may be ruined: a save waits, and pushes no good one out.
+        saves = last or ((stopping or due) and not meter.skipped)
         if saves:
+            due = False
             with job.clock.on("save"):
                 _note_read(job, rows, position)
                 job.checkpoints.save(step, state, _facts(job, rows, step, position))
             _note_session(job, position)
         if stopping:
             job.checkpoints.wait()
-            raise Interrupted(f"stopped after step {step}, which is saved; the same command goes on from there")
+            kept = (
+                "is saved; the same command goes on from there"
+                if saves
+                else ("was not applied and is not saved; the same command goes on from the last checkpoint")
+            )
+            raise Interrupted(f"stopped after step {step}, which {kept}")
         if saves or evaluates:
             meter.resume()
     with job.clock.on("save"):

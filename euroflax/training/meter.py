@@ -8,8 +8,9 @@ import numpy as np
 from euroflax import model
 from euroflax.accelerators import peak_flops
 from euroflax.experiment import RunFailed
-from euroflax.training.guard import REASONS
+from euroflax.training.guard import NOT_FINITE, REASONS
 from euroflax.training.job import Job
+from euroflax.training.record import read_metrics
 from euroflax.training.stop import Stop
 
 
@@ -21,7 +22,6 @@ class Meter:
         self._session = job.record.manifest["sessions"][-1]
         self._pending: list[tuple[dict, jax.Array | None]] = []
         self._clock = time.perf_counter()
-        self._skipped: list[tuple[int, int]] = []
         self.skipped = False
         """Whether the last step that was read was not applied."""
         peak = peak_flops(jax.devices()[0].device_kind)
@@ -61,6 +61,8 @@ class Meter:
         self.skipped = "skipped" in line
         if self.skipped:
             self._tell(line, bool(read["too_many"]))
+            if self._position >= self._job.declared.total_rows and int(read["skipped"]) in NOT_FINITE:
+                raise RunFailed(f"the last step of the run is not applied, {line['skipped']}; {self._look()}")
         self._job.display.step(line, self._job.declared.total_tokens)
         return stopping
 
@@ -75,16 +77,23 @@ class Meter:
             f"step {line['step']} is not applied, {line['skipped']}: loss {line['loss']:.4g}, gradient norm "
             f"{line['grad_norm']:.4g}; its rows are {first} to {last} (show --row {first})"
         )
-        self._skipped.append((first, last))
-        if not too_many:
-            return
-        guard, latest = self._job.declared.training.guard, self._job.checkpoints.latest_saved
-        rows = ", ".join(f"{first} to {last}" for first, last in self._skipped[-guard.max_skipped - 1 :])
-        raise RunFailed(
-            f"more than {guard.max_skipped} of the last {guard.window_steps} steps, or most of all, were not applied, "
-            f"the latest since {line['skipped']}: rows {rows}; likely bad documents (show --row says whose they are), "
-            f"a learning rate too high or a broken device; "
-            f"{'there is no checkpoint yet' if latest is None else f'checkpoint {latest} is kept'}"
+        if too_many:
+            guard = self._job.declared.training.guard
+            raise RunFailed(
+                f"more than {guard.max_skipped} of the last {guard.window_steps} steps, or most of all, were not "
+                f"applied, the latest since {line['skipped']}; {self._look()}"
+            )
+
+    def _look(self) -> str:
+        """Where to look after steps that were not applied: their rows, what it may be, and what is kept."""
+        refused = [line["rows"] for line in read_metrics(self._job.record.path) if "skipped" in line]
+        most = self._job.declared.training.guard.max_skipped + 1
+        rows = ", ".join(f"{first} to {last}" for first, last in refused[-most:])
+        latest = self._job.checkpoints.latest_saved
+        kept = "there is no checkpoint yet" if latest is None else f"checkpoint {latest} is kept"
+        return (
+            f"look at rows {rows}: likely bad documents (show --row says whose they are), a learning rate too high or "
+            f"a broken device; {kept}"
         )
 
     def _line(self, read: dict, seconds: float) -> dict:

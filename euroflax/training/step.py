@@ -11,7 +11,7 @@ import optax
 from euroflax import model
 from euroflax.experiment import Experiment, Span
 from euroflax.sharding import constrain, per_replica, shardings
-from euroflax.training.guard import FINE, GuardState, init_guard, judge, select
+from euroflax.training.guard import FINE, GuardState, init_guard, judge
 from euroflax.training.objectives import next_token
 from euroflax.training.optimizer import learning_rate, make_optimizer
 
@@ -76,7 +76,7 @@ def train_step(declared: Experiment, span: Span, state: TrainState, batch: dict)
     metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": rate}
     guard, reason, too_many = judge(training.guard, state.guard, state.step + 1, metrics["loss"], metrics["grad_norm"])
     metrics |= {"skipped": reason, "too_many": too_many}
-    params, optimizer = select(reason == FINE, (params, optimizer), (state.params, state.optimizer))
+    params, optimizer = optax.tree.where(reason == FINE, (params, optimizer), (state.params, state.optimizer))
     return TrainState(state.step + 1, position, params, optimizer, guard), metrics
 
 

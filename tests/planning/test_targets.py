@@ -142,8 +142,9 @@ def test_7b_moves_what_other_meshes_must(sequence, tensor):
     mesh = {"mesh.fsdp": "16", "mesh.sequence": str(sequence), "mesh.tensor": str(tensor)}
     target, declared = planning.parse_target("h100:16x4"), load(SEVEN, mesh)
     made = planning.make_plan(declared, 64, None, target)
-    for row in made.collectives:  # the 4 GB: sums of embeddings over tensor
-        assert 0.95 * row["minimum_bytes"] <= row["bytes"] <= 1.1 * row["minimum_bytes"] + 4e9, row
+    for row in made.collectives:  # the sums of embeddings over tensor are not among the least
+        beside = 4e9 if row["kind"] == "all-reduce" else 3e7
+        assert 0.99 * row["minimum_bytes"] <= row["bytes"] <= 1.01 * row["minimum_bytes"] + beside, row
 
 
 def test_the_names_of_extras_exist():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from euroflax import report, verbs
+from euroflax.checkpoint import listed_steps
 from euroflax.data.loader import empty_batch
 from euroflax.experiment import Guard, Interrupted, RunFailed
 from euroflax.training import guard as guards
@@ -144,7 +145,7 @@ def test_a_run_with_a_planted_nan_goes_on_says_so_and_resumes_to_the_same_bits(f
 def test_too_many_refused_steps_end_the_run_and_keep_the_checkpoint_from_before_them(folders, planted):
     planted.update({4, 5, 6})
     declared = small(training__guard=Guard(max_skipped=2), checkpoint__every_steps=1)
-    with pytest.raises(RunFailed, match=r"rows 24 to 31, 32 to 39, 40 to 47; .*checkpoint 3 is kept"):
+    with pytest.raises(RunFailed, match=r"rows 24 to 31, 32 to 39, 40 to 47: .*checkpoint 3 is kept"):
         verbs.train(declared, folders)
     assert verbs.latest_step(folders.run_dir(declared.name) / "checkpoints") == 3
 
@@ -157,3 +158,31 @@ def test_a_refused_step_stands_in_the_report(folders, planted):
     planted.clear()
     page = report.write(verbs.train(small(name="fine"), folders).path).read_text()
     assert "Steps not applied" not in page
+
+
+def test_a_run_does_not_end_on_a_step_that_is_not_finite(folders, planted):
+    planted.add(6)
+    with pytest.raises(RunFailed, match=r"the last step of the run is not applied, its loss .*rows 40 to 47: .*check"):
+        verbs.train(small(checkpoint__every_steps=4), folders)
+    planted.clear()
+    assert "skipped" not in verbs.train(small(checkpoint__every_steps=4), folders).metrics[-2]
+
+
+def test_a_save_that_is_due_behind_a_refused_step_waits_for_one_that_is_applied(folders, planted):
+    planted.update({2, 3})
+    verbs.train(small(checkpoint__every_steps=2, checkpoint__keep_last=9), folders)
+    assert sorted(listed_steps(folders.run_dir("tiny_eu24") / "checkpoints")) == [4, 6]
+
+
+def test_a_stop_behind_a_refused_step_saves_nothing_and_says_so(folders, planted):
+    planted.update({3, 4})
+    stop = Stop()
+
+    class StopAtThree(Notes):
+        def step(self, metrics, total):
+            if metrics["step"] == 3:
+                stop.request("a test")
+
+    with pytest.raises(Interrupted, match=r"which was not applied and is not saved; .*from the last checkpoint"):
+        verbs.train(small(checkpoint__every_steps=2), folders, StopAtThree(), stop)
+    assert verbs.latest_step(folders.run_dir("tiny_eu24") / "checkpoints") == 2

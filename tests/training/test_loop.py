@@ -171,7 +171,7 @@ def test_another_experiment_in_the_folder_is_refused(folders):
 
 def test_a_loss_that_is_not_finite_ends_the_run_as_failed(folders):
     declared = small(training__schedule__peak_learning_rate=1e30, training__schedule__warmup_tokens=0)
-    with pytest.raises(RunFailed, match=r"not applied, the latest since its .* is not finite: rows .*no checkpoint"):
+    with pytest.raises(RunFailed, match=r"the latest since its .* is not finite; look at rows .*no checkpoint"):
         verbs.train(declared, folders)
 
 
