@@ -1,6 +1,7 @@
 """The processes of a job: found in what a scheduler says, joined, and held to the same code, experiment and data."""
 
 import collections
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -10,11 +11,12 @@ import os
 import pathlib
 import platform
 import re
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from euroflax.experiment import ExperimentError, Interrupted
 
@@ -171,18 +173,19 @@ def join(processes: Processes) -> Processes:
     late = threading.Timer(JOIN_SECONDS, _nobody_came, [processes])
     late.daemon = True
     try:
-        _await_coordinator(processes)
-        late.start()
-        # Survivors of a death are ended by `watch`, with its number; the library would abort them without.
-        jax.config.update("jax_enable_recoverability", True)
-        jax.distributed.initialize(
-            processes.coordinator,
-            processes.process_count,
-            processes.process_id,
-            local_device_ids=processes.local_devices,
-            cluster_detection_method="deactivate",
-            initialization_timeout=10 * JOIN_SECONDS,  # where it ends, JAX aborts the process
-        )
+        with _ended_by_signals():
+            _await_coordinator(processes)
+            late.start()
+            # Survivors of a death are ended by `watch`, with its number; the library would abort them without.
+            jax.config.update("jax_enable_recoverability", True)
+            jax.distributed.initialize(
+                processes.coordinator,
+                processes.process_count,
+                processes.process_id,
+                local_device_ids=processes.local_devices,
+                cluster_detection_method="deactivate",
+                initialization_timeout=10 * JOIN_SECONDS,  # where it ends, JAX aborts the process
+            )
     except (OSError, RuntimeError, ValueError) as error:
         raise ExperimentError(
             f"--coordinator={processes.coordinator} cannot be joined ({str(error).splitlines()[0][:160]}); "
@@ -191,6 +194,28 @@ def join(processes: Processes) -> Processes:
     finally:
         late.cancel()
     return processes
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Inside it a signal ends this process at once: Python's handlers do not run while JAX waits for others."""
+    woken, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+
+    def wait() -> None:
+        if number := os.read(woken, 1):
+            name = signal.Signals(number[0]).name
+            print(f"stopped by {name}; the same command goes on", file=sys.stderr, flush=True)
+            os._exit(Interrupted.exit_status)
+        os.close(woken)
+
+    before = signal.set_wakeup_fd(wakes)
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(wakes)
 
 
 def _nobody_came(processes: Processes) -> None:

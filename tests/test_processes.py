@@ -268,6 +268,20 @@ def test_a_coordinator_that_cannot_be_reached_is_one_line(monkeypatch):
         processes.join(given)
 
 
+def test_a_signal_ends_a_process_that_waits_for_the_others(alone, tmp_path):
+    port = free_port()
+    first = start(alone[0], "--runs-dir", tmp_path, "--coordinator", f"127.0.0.1:{port}", "--process-count", 2)
+    waits = False
+    while not waits:
+        assert first.poll() is None
+        time.sleep(0.1)
+        with socket.socket() as client:
+            waits = client.connect_ex(("127.0.0.1", port)) == 0
+    first.send_signal(signal.SIGTERM)
+    assert "stopped by SIGTERM; the same command goes on" in first.communicate(timeout=100)[1]
+    assert first.returncode == 75
+
+
 def test_a_port_that_another_program_has_is_one_line():
     with socket.create_server(("", 0)) as server:
         given = Processes(coordinator=f"localhost:{server.getsockname()[1]}", process_count=2)
