@@ -4,6 +4,8 @@ import dataclasses
 from typing import Literal
 
 _GIB = 2**30
+OVERHEAD = 1.5
+"""Power of hosts, network and cooling, as a factor on that of the devices: assumed."""
 GPU_SHARE = 0.92
 """Of a GPU's memory, what JAX is told to take for the program: the rest is for CUDA, its libraries and NCCL."""
 
@@ -228,7 +230,20 @@ ACCELERATORS = {
 }
 
 
+def accelerator_of(device_kind: str) -> Accelerator | None:
+    """The accelerator that JAX calls so; None where it is not known."""
+    matches = [found for found in ACCELERATORS.values() if device_kind.startswith(found.kind)]
+    return max(matches, key=lambda found: len(found.kind)) if matches else None
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 operations a second of a device, by its maker's data sheet; None where it is not known."""
-    matches = [found for found in ACCELERATORS.values() if device_kind.startswith(found.kind)]
-    return max(matches, key=lambda found: len(found.kind)).peak_flops if matches else None
+    found = accelerator_of(device_kind)
+    return None if found is None else found.peak_flops
+
+
+def estimated_joules(accelerator: Accelerator | None, device_seconds: float) -> float | None:
+    """What devices take at the limit of their power, with hosts, network and cooling; None where it is not known."""
+    if accelerator is None or accelerator.watts is None:
+        return None
+    return device_seconds * accelerator.watts * OVERHEAD

@@ -6,7 +6,9 @@ deleted by renaming it into the trash, so that a death in the middle of a deleti
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -15,6 +17,7 @@ import math
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -26,11 +29,17 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from euroflax import experiment
-from euroflax.experiment import Interrupted, RunFailed
-from euroflax.folders import replace_json
+from euroflax.experiment import Interrupted
+from euroflax.folders import is_full, replace_json
+from euroflax.processes import agree
 from euroflax.sharding import letters_of, name_of
 
 T = TypeVar("T")
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written; those before it are as they were."""
+
 
 _TRASH = "trash"
 _HARMED = "harmed"
@@ -55,11 +64,17 @@ class Checkpoints:
         self.latest = _agreed(self._clean() if jax.process_index() == 0 else None)
         self.latest_saved = self.latest
         """Step of the latest save, which may not be finished."""
+        self.save_seconds = 0.0
+        """How long the longest save took, to its end."""
+        self._declared = declared
+        self._manager = self._open_manager()
+
+    def _open_manager(self) -> ocp.CheckpointManager:
         policies = checkpoint_managers.preservation_policy
-        keep: list = [policies.LatestN(max(declared.keep_last, 2))]  # the last one is unproven until it is hashed
-        if declared.keep_every_steps is not None:
-            keep.append(policies.EveryNSteps(declared.keep_every_steps))
-        self._manager = ocp.CheckpointManager(
+        keep: list = [policies.LatestN(max(self._declared.keep_last, 2))]  # the last is unproven until it is hashed
+        if self._declared.keep_every_steps is not None:
+            keep.append(policies.EveryNSteps(self._declared.keep_every_steps))
+        return ocp.CheckpointManager(
             self._path,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
@@ -100,34 +115,79 @@ class Checkpoints:
             facts: what JSON can hold.
 
         Raises:
-            RunFailed: the save before could not be finished.
+            SaveFailed: this save, or the one before, could not be written.
         """
         self.wait()
+        began = time.monotonic()
         chunks = jax.tree_util.tree_map_with_path(_chunks, state)
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state, chunks), facts=ocp.args.JsonSave(facts))
-        self._manager.save(step, args=arguments, force=True)
-        self._finishing, self.latest_saved = self._pool.submit(self._finish, step), step
+        self._all_did(lambda: self._manager.save(step, args=arguments, force=True))
+        self._finishing, self.latest_saved = self._pool.submit(self._finish, step, began), step
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, began: float) -> None:
         """Waits for Orbax to commit a step, then vouches for it. Orbax's own callback comes before its commit."""
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
             replace_json(self._path / _MANIFESTS / f"{step}.json", hash_files(self._path / str(step)))
             self._empty_trash()
+        self.save_seconds = max(self.save_seconds, time.monotonic() - began)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a save that nobody has waited for."""
+        return self._finishing is not None
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is still being written."""
+        return self._finishing is not None and not self._finishing.done()
 
     def wait(self) -> None:
         """Returns when the last save is on disk with its manifest.
 
         Raises:
-            RunFailed: it could not be finished.
+            SaveFailed: it could not be written.
         """
         if self._finishing is None:
             return
         finishing, self._finishing = self._finishing, None
+        self._all_did(finishing.result)
+
+    def _all_did(self, work: Callable[[], object]) -> None:
+        """Does work that every process of the job does; where one of them fails, clears away what a save has left.
+
+        Raises:
+            SaveFailed: in every process.
+        """
+        fault = None
         try:
-            finishing.result()
+            work()
         except Exception as error:
-            raise RunFailed(f"a checkpoint could not be finished: {error}") from error
+            fault = error
+        if agree(fault is not None):
+            self._reopen(lambda step: not (self._path / _MANIFESTS / f"{step}.json").is_file())
+            raise SaveFailed(_reason(fault)) from fault
+
+    def go_back(self, position: int) -> bool:
+        """Throws away the checkpoints that have consumed more rows than `position`; returns whether one is left."""
+        with contextlib.suppress(SaveFailed):
+            self.wait()
+        self._reopen(lambda step: _read_facts(self._path, step)["position"] > position)
+        self.latest = self.latest_saved = _agreed(
+            _latest_good(self._path, self._note) if jax.process_index() == 0 else None
+        )
+        return self.latest is not None
+
+    def _reopen(self, unwanted: Callable[[int], bool]) -> None:
+        """Throws away what is unfinished, and unwanted steps, behind Orbax's back."""
+        self._manager.close()
+        if jax.process_index() == 0:
+            for entry in self._path.iterdir():
+                if "orbax-checkpoint-tmp" in entry.name or (entry.name.isdigit() and unwanted(int(entry.name))):
+                    _put_aside(self._path, entry, _TRASH)
+            self._empty_trash()
+        _agreed(0)
+        self._manager = self._open_manager()
 
     def restore(self, abstract_state: T, check: Callable[[dict], None]) -> T:
         """The state of the latest checkpoint, onto the shardings of `abstract_state`, whatever mesh saved it.
@@ -143,11 +203,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save and lets go of Orbax's threads."""
-        try:
-            self.wait()
-        finally:
-            self._pool.shutdown()
-            self._manager.close()
+        self._pool.shutdown()
+        if self._finishing is not None and (error := self._finishing.exception()) is not None:
+            self._note(f"the last checkpoint could not be written: {_reason(error)}")
+        self._manager.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +268,14 @@ def open_latest(path: pathlib.Path, check: Callable[[dict], None], note: Callabl
     facts = _read_facts(path, latest)
     check(facts)
     return SavedParams(path, latest, facts)
+
+
+def _reason(error: BaseException | None) -> str:
+    """What is behind an error, in a line."""
+    if error is None:
+        return "another process of the job could not write its part"
+    said = next((os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT) if is_full(error, number)), str(error))
+    return said.strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def _read_facts(path: pathlib.Path, step: int) -> dict:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -64,6 +65,12 @@ def replace_file(path: pathlib.Path, content: str | bytes) -> None:
 def replace_json(path: pathlib.Path, value: object) -> None:
     """Writes a value as indented JSON, whole or not at all."""
     replace_file(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def is_full(error: BaseException, *numbers: int) -> bool:
+    """Whether a disk, or a user's share of it, is full. Libraries in C++ say so in words alone."""
+    numbers = numbers or (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in numbers or any(os.strerror(number) in str(error) for number in numbers)
 
 
 @contextlib.contextmanager

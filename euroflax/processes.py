@@ -7,6 +7,7 @@ import glob
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import pathlib
 import platform
@@ -17,12 +18,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 from euroflax.experiment import ExperimentError, Interrupted
 
 JOIN_SECONDS = 60
 TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 _HOST_BYTES = 64
+_SAID_BYTES = 512
 _SLURM = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST")
 _COORDINATOR = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS")
 _PORT = ("JAX_COORDINATOR_PORT", "COORDINATOR_PORT")
@@ -173,7 +176,7 @@ def join(processes: Processes) -> Processes:
     late = threading.Timer(JOIN_SECONDS, _nobody_came, [processes])
     late.daemon = True
     try:
-        with _ended_by_signals():
+        with ended_by_signals():
             _await_coordinator(processes)
             late.start()
             # Survivors of a death are ended by `watch`, with its number; the library would abort them without.
@@ -197,16 +200,18 @@ def join(processes: Processes) -> Processes:
 
 
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Inside it a signal ends this process at once: Python's handlers do not run while JAX waits for others."""
+def ended_by_signals() -> Iterator[None]:
+    """Inside it a signal ends this process at once: Python's handlers do not run while JAX waits or compiles.
+
+    For where there is nothing to save, in the main thread.
+    """
     woken, wakes = os.pipe()
     os.set_blocking(wakes, False)
 
     def wait() -> None:
         if number := os.read(woken, 1):
             name = signal.Signals(number[0]).name
-            print(f"stopped by {name}; the same command goes on", file=sys.stderr, flush=True)
-            os._exit(Interrupted.exit_status)
+            end_at_once(f"stopped by {name}; the same command goes on", Interrupted.exit_status)
         os.close(woken)
 
     before = signal.set_wakeup_fd(wakes)
@@ -220,13 +225,11 @@ def _ended_by_signals() -> Iterator[None]:
 
 def _nobody_came(processes: Processes) -> None:
     """Ends this process where another one has not joined in time."""
-    print(
+    end_at_once(
         f"error: not all {processes.process_count} processes came to --coordinator={processes.coordinator} in "
         f"{JOIN_SECONDS} seconds; see that each one runs, then give the same command again",
-        file=sys.stderr,
-        flush=True,
+        Interrupted.exit_status,
     )
-    os._exit(Interrupted.exit_status)
 
 
 def _await_coordinator(processes: Processes) -> None:
@@ -284,3 +287,37 @@ def same_everywhere(parts: dict[str, str]) -> None:
             faults.append(f"process {', '.join(odd)} has other {name} than {than}; {_FIXES[name]}")
     if faults:
         raise ExperimentError(*faults)
+
+
+def agree(wish: bool) -> bool:
+    """Whether any process of the job wishes it: the same answer in all of them."""
+    import jax
+    import numpy as np
+
+    if jax.process_count() == 1:
+        return wish
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.array(wish))))
+
+
+def gather_json(value: object) -> list:
+    """What each process of the job has to say, in the order of their numbers: of each, a value that JSON can hold."""
+    import jax
+    import numpy as np
+
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    said = json.dumps(value).encode()
+    assert len(said) <= _SAID_BYTES
+    padded = np.frombuffer(said.ljust(_SAID_BYTES), np.uint8)
+    return [json.loads(bytes(row)) for row in np.asarray(multihost_utils.process_allgather(padded), np.uint8)]
+
+
+def end_at_once(text: str, status: int) -> NoReturn:
+    """Ends this process from whatever thread, with a last line on the terminal."""
+    shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides the cursor
+    print(f"{shown}\n{text}" if shown else text, file=sys.stderr, flush=True)
+    os._exit(status)

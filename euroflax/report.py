@@ -13,6 +13,8 @@ from euroflax.data.ledger import Entry, totals
 from euroflax.experiment import Experiment, ExperimentError, from_json
 from euroflax.folders import replace_file
 from euroflax.languages import LANGUAGES
+from euroflax.training import goodput
+from euroflax.training.goodput import KINDS
 from euroflax.training.record import read_json, read_manifest, read_metrics, read_samples
 
 _POINTS = 300
@@ -54,7 +56,13 @@ def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("euroflax", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"number": number, "name": _name, "percent": _percent, "seconds": _duration}
+    environment.filters |= {
+        "number": number,
+        "name": _name,
+        "percent": _percent,
+        "seconds": _duration,
+        "joules": _joules,
+    }
     steps = [line for line in metrics if "loss" in line]
     evaluations = _evaluations(metrics)
     speeds = [(line["tokens"], line["tokens_per_second"]) for line in steps]
@@ -62,6 +70,7 @@ def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: 
         "declared": declared,
         "manifest": manifest,
         "steps": steps,
+        "returns": manifest.get("returns", []),
         "skipped": [line for line in steps if "skipped" in line],
         "done": steps[-1]["tokens"] if steps else 0,
         "total": declared.total_tokens,
@@ -77,7 +86,8 @@ def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: 
         "withdrawn": _withdrawn(manifest),
         "providers": _by(manifest, "provider"),
         "read_languages": _by(manifest, "language"),
-        "seconds": _seconds(manifest),
+        "time": _time(manifest),
+        "energy": _energy(manifest),
         "samples": samples,
         "experiment": (json.dumps(dataclasses.asdict(declared), indent=2, ensure_ascii=False)),
     }
@@ -163,13 +173,32 @@ def _by(manifest: dict, field: str) -> list[dict]:
     return sorted(({"name": name, **amounts} for name, amounts in sums.items()), key=lambda row: -row["bytes"])
 
 
-def _seconds(manifest: dict) -> list[tuple[str, float]]:
-    """Wall-clock seconds of all sessions by what they were spent on, most first."""
-    spent: dict[str, float] = {}
-    for session in manifest["sessions"]:
-        for doing, seconds in session.get("seconds", {}).items():
-            spent[doing] = spent.get(doing, 0.0) + seconds
-    return sorted(spent.items(), key=lambda entry: -entry[1])
+def _energy(manifest: dict) -> dict:
+    """Joules of all sessions, measured where each was, and as the plan estimates them where it can."""
+    sessions = [session for session in manifest["sessions"] if session["steps"]]
+    found = {}
+    for name in ("energy_joules", "energy_estimate_joules"):
+        values = [session.get(name) for session in sessions]
+        found[name] = None if None in values or not values else sum(values)
+    return found | {"boundaries": sorted({session.get("energy_boundary") or "not measured" for session in sessions})}
+
+
+def _time(manifest: dict) -> dict:
+    """Where the wall-clock of all sessions went, most first, and what saves took of it."""
+    spent = goodput.totals(manifest["sessions"])
+    whole = sum(spent.values())
+    parts = [(kind, KINDS.get(kind, ""), seconds) for kind, seconds in spent.items() if seconds > 0]
+    saves = [session["saves"] for session in manifest["sessions"] if session.get("saves", {}).get("count")]
+    count, blocking = (sum(save[name] for save in saves) for name in ("count", "blocking_seconds"))
+    return {
+        "parts": sorted(parts, key=lambda part: -part[2]),
+        "whole": whole,
+        "goodput": goodput.goodput(manifest["sessions"]),
+        "saves": count,
+        "each_save": blocking / count if count else None,
+        "saving": blocking / whole if whole else None,
+        "longest_save": max((save["longest_seconds"] for save in saves), default=None),
+    }
 
 
 def chart(
@@ -272,6 +301,10 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _joules(value: float | None) -> str:
+    return "not measured" if value is None else f"{number(value)} J"
 
 
 def _name(code: str) -> str:

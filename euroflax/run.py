@@ -1,7 +1,6 @@
 """The command line: `python -m euroflax.run EXPERIMENT.py [VERB]`. Parses, loads, dispatches one verb."""
 
 import argparse
-import errno
 import json
 import os
 import pathlib
@@ -14,7 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from euroflax.experiment import Experiment, ExperimentError, Interrupted, RunFailed, load, to_json
-from euroflax.folders import Folders
+from euroflax.folders import Folders, is_full
 from euroflax.processes import Processes
 from euroflax.training.stop import Stop
 
@@ -72,10 +71,10 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         _debug(options)
         print(
-            f"error: {error}; {'make room and run the same command again' if _is_full(error) else 'mend that'}",
+            f"error: {error}; {'make room and run the same command again' if is_full(error) else 'mend that'}",
             file=sys.stderr,
         )
-        return Interrupted.exit_status if _is_full(error) else RunFailed.exit_status
+        return Interrupted.exit_status if is_full(error) else RunFailed.exit_status
     except (RunFailed, Interrupted) as error:
         _debug(options)
         print(f"{'error: ' if isinstance(error, RunFailed) else ''}{error}", file=sys.stderr)
@@ -95,10 +94,6 @@ def _with_command(error: ExperimentError, fault: str, options: argparse.Namespac
     return (
         f"{part} is not prepared, and a job of {options.process_count} processes does not prepare; run first: {command}"
     )
-
-
-def _is_full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -3,10 +3,10 @@
 A tensor's name ends in its dimensions: `query_DHK` is embed x heads x head dim. The letters are
 A parts of a batch, W rows of the whole batch, B rows of one replica's batch, L length, R length of the residual
 stream between blocks, S source length, D embed, H heads, G kv heads, K head dim, F mlp, V vocabulary, X chunks of it
-and U entries of a chunk, N layers, M languages, I skipped steps; and where tokens look up their embeddings, Y rows
-and E embed. J is embed half-way, over one of its two axes: messages over both at once XLA does not find. A letter that
-is not in a table, or a mesh axis that comes twice in one tensor, is an error, on one CPU as on a thousand
-accelerators.
+and U entries of a chunk, N layers, M languages, I steps that were not applied, P ranges of rows that are skipped and Q
+their two ends; and where tokens look up their embeddings, Y rows and E embed. J is embed half-way, over one of its two
+axes: messages over both at once XLA does not find. A letter that is not in a table, or a mesh axis that comes twice in
+one tensor, is an error, on one CPU as on a thousand accelerators.
 
 The replicas of the slow axis are the leading dimension of a `vmap`, in `per_replica`: nothing below it crosses them.
 """
@@ -33,6 +33,8 @@ AXES = ("replica", "data", "fsdp", "sequence", "tensor")
 PARAMETERS: Table = {
     "N": None,
     "I": None,
+    "P": None,
+    "Q": None,
     "D": ("fsdp", "sequence"),
     "H": "tensor",
     "G": "tensor",

@@ -189,7 +189,8 @@ def train(
         Interrupted: it was stopped; the same call goes on.
         RunFailed: running it again will not help.
     """
-    display, stop, clock = display or SilentDisplay(), stop or Stop(), Clock()
+    display, stop = display or SilentDisplay(), stop or Stop()
+    clock = Clock(stop.began)
     sharding.make_mesh(declared)
     run_dir = folders.run_dir(declared.name)
     make_folder(run_dir, "run folder")

@@ -4,16 +4,14 @@ Collectives wait for ever for a process that is gone, and what the libraries do 
 process holds a connection to process 0: one that closes, or is silent, without a word of farewell is a death.
 """
 
-import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 
 from euroflax.experiment import Interrupted
-from euroflax.processes import Processes
+from euroflax.processes import Processes, end_at_once
 
 _BEAT_SECONDS = 5
 _SILENT_SECONDS = 30
@@ -139,12 +137,10 @@ class Watch:
         if self._leaving.is_set():
             return
         self._say(f"dead {number}", but=number)
-        print(
+        end_at_once(
             f"\nerror: process {number} {how}; the same command goes on from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
+            Interrupted.exit_status,
         )
-        os._exit(Interrupted.exit_status)
 
     def leave(self, status: int, sure: bool) -> None:
         """Says that this process is about to end by itself. The first one waits for the ends of the others.

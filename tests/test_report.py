@@ -10,6 +10,7 @@ import pytest
 from euroflax import report
 from euroflax.experiment import ExperimentError, to_json
 from euroflax.languages import LANGUAGES
+from euroflax.training.goodput import KINDS
 from euroflax.training.record import read_samples
 from tests.conftest import ROOT
 
@@ -83,7 +84,7 @@ def test_the_page_says_what_the_record_says(trained, copied):
 def test_time_is_counted_once_and_makes_up_the_session(trained):
     manifest = json.loads((trained[2].path / "manifest.json").read_text())
     seconds = manifest["sessions"][0]["seconds"]
-    assert {"prepare", "compile", "step", "evaluate", "save", "sample"} <= seconds.keys()
+    assert {"prepare", "compile", "step", "evaluate", "save", "restart", "data"} <= seconds.keys() <= set(KINDS)
     assert all(value >= 0 for value in seconds.values())
 
 

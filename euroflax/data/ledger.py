@@ -6,11 +6,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from euroflax.data.order import Order
+from euroflax.data.skipping import Range
 from euroflax.experiment import Experiment, Source
 from euroflax.languages import fold
-
-Range = tuple[int, int]
-"""Rows of the run, from the first to before the last."""
 
 
 @dataclasses.dataclass(frozen=True)

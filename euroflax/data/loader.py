@@ -1,5 +1,6 @@
 """The loader: the rows of a run as a pure function of position, and batches of them through Grain."""
 
+import copy
 import dataclasses
 import html
 import math
@@ -10,6 +11,7 @@ import numpy as np
 from euroflax.data.order import Order
 from euroflax.data.packing import Packing
 from euroflax.data.prepare import Prepared
+from euroflax.data.skipping import Range, pieces
 from euroflax.data.withdrawals import Withdrawal
 from euroflax.experiment import Experiment, ExperimentError, Source, Span
 from euroflax.languages import fold
@@ -125,7 +127,15 @@ class Rows:
         self._experiment, self._prepared = experiment, prepared
         self.order = Order(experiment, prepared, prepared.withdrawals() if withdrawals is None else withdrawals)
         codes = experiment.language_codes
+        self.skipped: tuple[Range, ...] = ()
+        """Ranges of rows that no batch holds."""
         self._language_ids = [codes.index(fold(source.language) or "") for source, _ in prepared.train]
+
+    def without(self, skipped: Sequence[Range]) -> "Rows":
+        """The same rows, of which batches skip some ranges."""
+        rows = copy.copy(self)
+        rows.skipped = tuple(skipped)
+        return rows
 
     def _fill(self, batch: Batch, at: int, index: int) -> np.ndarray:
         place = self.order.place(index)
@@ -169,11 +179,11 @@ class Rows:
             texts=[self._prepared.tokenizer.decode(part) for part in parts],
         )
 
-    def batch(self, span: Span, indices: Sequence[int]) -> Batch:
-        """The given rows of a stage as a batch, `[len(indices), L]` each; rows past the stage's end are masked."""
+    def batch(self, span: Span, indices: Sequence[int], stop: int | None = None) -> Batch:
+        """Rows of a stage as a batch, `[len(indices), L]` each; those from `stop`, or the stage's end, are masked."""
         batch = empty_batch(len(indices), span.sequence_length, self._prepared.tokenizer.pad)
         for at, index in enumerate(indices):
-            if index < span.stop_row:
+            if index < (span.stop_row if stop is None else stop):
                 self._fill(batch, at, index)
         return batch
 
@@ -184,21 +194,25 @@ def row(experiment: Experiment, prepared: Prepared, index: int) -> PlacedRow:
 
 
 class _Batches:
-    """Batches of a stage from a position on, each only the rows that one process holds: what Grain indexes."""
+    """Batches of a piece of a stage, each only the rows that one process holds: what Grain indexes."""
 
-    def __init__(self, rows: Rows, span: Span, position: int, mine: Sequence[int]) -> None:
-        self._rows, self._span, self._position, self._mine = rows, span, position, mine
+    def __init__(self, rows: Rows, span: Span, piece: Range, mine: Sequence[int]) -> None:
+        self._rows, self._span, self._piece, self._mine = rows, span, piece, mine
 
     def __len__(self) -> int:
-        return math.ceil((self._span.stop_row - self._position) / self._span.batch_rows)
+        start, stop = self._piece
+        return math.ceil((stop - start) / self._span.batch_rows)
 
     def __getitem__(self, index: int) -> Batch:
-        start = self._position + index * self._span.batch_rows
-        return self._rows.batch(self._span, [start + offset for offset in self._mine])
+        first, stop = self._piece
+        start = first + index * self._span.batch_rows
+        return self._rows.batch(self._span, [start + offset for offset in self._mine], stop)
 
 
 def batches(experiment: Experiment, rows: Rows, position: int, mine: Callable[[int], Sequence[int]]) -> Iterator[Batch]:
-    """The batches of the rest of a run through Grain, read ahead in one thread; no batch reaches over a stage's end.
+    """The batches of the rest of a run through Grain, read ahead in one thread.
+
+    No batch reaches over a stage's end or into a range that is skipped.
 
     Args:
         experiment: gives the stages.
@@ -210,6 +224,6 @@ def batches(experiment: Experiment, rows: Rows, position: int, mine: Callable[[i
 
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     for span in experiment.spans:
-        if position < span.stop_row:
-            source = _Batches(rows, span, max(position, span.first_row), mine(span.batch_rows))
+        for piece in pieces(span, position, rows.skipped):
+            source = _Batches(rows, span, piece, mine(span.batch_rows))
             yield from grain.MapDataset.source(source).to_iter_dataset(options)

@@ -3,7 +3,7 @@
 Only the standard library is used here, so that an experiment can be read and checked anywhere in no time.
 """
 
-from euroflax.experiment.codec import from_json, override, to_json
+from euroflax.experiment.codec import fingerprint, from_json, override, to_json
 from euroflax.experiment.errors import ExperimentError, Interrupted, RunFailed
 from euroflax.experiment.loading import load
 from euroflax.experiment.schema import (
@@ -21,7 +21,6 @@ from euroflax.experiment.schema import (
     Stage,
     Tokenizer,
     Training,
-    fingerprint,
 )
 from euroflax.experiment.validation import validate
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import hashlib
 import json
 import types
 import typing
@@ -190,3 +191,9 @@ def _replace(parent: typing.Any, path: str, parts: list[str], value: object, fau
         parsed = _parse_text(kinds[name], value) if isinstance(value, str) else value
         child = decode(kinds[name], parsed, path, faults)
     return dataclasses.replace(parent, **{name: child})
+
+
+def fingerprint(value: object) -> str:
+    """A short hash of a value that JSON can hold, the same on every machine."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

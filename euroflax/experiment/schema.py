@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 from typing import Literal
 
 from euroflax import languages
@@ -168,7 +166,10 @@ class Guard:
     window_steps: int = 128
     """Steps that the running mean and deviation are taken over, and before which no step is too high."""
     max_skipped: int = 8
-    """More steps than these that are not applied, of the last `window_steps`, or most of all steps, end the run."""
+    """More steps than these that are not applied, of the last `window_steps`, or most of all steps, are too many."""
+    max_returns: int = 0
+    """How often the run, where there are too many, goes back to the checkpoint before them and on without their rows;
+    then, or where it is 0, it ends."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -391,9 +392,3 @@ class Experiment:
         """The languages trained or evaluated on, sorted; a position in this tuple is a language id."""
         sources = self.data.sources + self.evaluation.sources
         return tuple(sorted({languages.fold(s.language) or s.language for s in sources}))
-
-
-def fingerprint(value: object) -> str:
-    """A short hash of a value that JSON can hold, the same on every machine."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -237,6 +237,7 @@ def _guard(experiment: Experiment) -> Iterator[str]:
         yield f"training.guard.deviations={guard.deviations} would refuse common steps; use 6 or so, or None"
     yield from _at_least("training.guard.window_steps", guard.window_steps, 2)
     yield from _at_least("training.guard.max_skipped", guard.max_skipped, 0)
+    yield from _at_least("training.guard.max_returns", guard.max_returns, 0)
     if guard.max_skipped >= guard.window_steps >= 2:
         yield (
             f"training.guard.max_skipped={guard.max_skipped} is never exceeded in window_steps="

@@ -5,11 +5,10 @@ import math
 
 import numpy as np
 
+from euroflax.accelerators import OVERHEAD, estimated_joules
 from euroflax.planning.program import Collective
 from euroflax.planning.targets import Target
 
-OVERHEAD = 1.5
-"""Power of hosts, network and cooling, as a factor on that of the devices: assumed."""
 GRAMS_PER_KWH = 210
 """CO2 equivalent of the European Union's electricity in 2023 (European Environment Agency)."""
 _DAY = 86_400
@@ -73,8 +72,8 @@ def bandwidth(target: Target, mesh: dict[str, int], axis: str) -> float:
 def cost(target: Target, days: float) -> dict[str, float | None]:
     """Device-hours, and energy and CO2 where the power of the devices is known."""
     hours = days * _DAY / 3600 * target.num_devices
-    watts = target.accelerator.watts
-    kwh = None if watts is None else hours * watts / 1000 * OVERHEAD
+    joules = estimated_joules(target.accelerator, hours * 3600)
+    kwh = None if joules is None else joules / 3.6e6
     return {"device_hours": hours, "kwh": kwh, "co2_kg": None if kwh is None else kwh * GRAMS_PER_KWH / 1000}
 
 

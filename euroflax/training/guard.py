@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from euroflax import experiment
+from euroflax.data.skipping import Range
 
 FINE, LOSS_NOT_FINITE, GRADIENT_NOT_FINITE, LOSS_HIGH, GRADIENT_HIGH = range(5)
 REASONS = {
@@ -32,16 +33,29 @@ class GuardState(NamedTuple):
     """Steps that were not applied, int32."""
     last_skips_I: jax.Array
     """Their numbers, the latest `max_skipped + 1` of them, oldest first, int32."""
+    last_rows_I: jax.Array
+    """The first row of each of them, uint32."""
+
+
+class BadStretch(Exception):
+    """Too many steps were not applied."""
+
+    def __init__(self, rows: Range, why: str) -> None:
+        super().__init__(why)
+        self.rows = rows
+        """From the first row of the first of them to the last row of the last one."""
 
 
 def init_guard(guard: experiment.Guard) -> GuardState:
     """What the guard knows before the first step."""
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    return GuardState(none, zero, zero, zero, zero, none, jnp.full(guard.max_skipped + 1, _NEVER, jnp.int32))
+    kept = guard.max_skipped + 1
+    never, rows = jnp.full(kept, _NEVER, jnp.int32), jnp.zeros(kept, jnp.uint32)
+    return GuardState(none, zero, zero, zero, zero, none, never, rows)
 
 
 def judge(
-    guard: experiment.Guard, state: GuardState, step: jax.Array, loss: jax.Array, norm: jax.Array
+    guard: experiment.Guard, state: GuardState, step: jax.Array, row: jax.Array, loss: jax.Array, norm: jax.Array
 ) -> tuple[GuardState, jax.Array, jax.Array]:
     """Judges a step by its loss and the norm of its gradient.
 
@@ -52,6 +66,7 @@ def judge(
         guard: its bounds.
         state: what it knows.
         step: the number of the step, int32.
+        row: its first row, uint32.
         loss: of the step, in nats.
         norm: of its gradient.
 
@@ -79,6 +94,13 @@ def judge(
         norm_variance=(1 - weight) * (state.norm_variance + weight * norm_change**2),
     )
     last_skips_I = jnp.append(state.last_skips_I[1:], step)
-    refused = state._replace(skipped=state.skipped + 1, last_skips_I=last_skips_I)
+    last_rows_I = jnp.append(state.last_rows_I[1:], row)
+    refused = state._replace(skipped=state.skipped + 1, last_skips_I=last_skips_I, last_rows_I=last_rows_I)
     many = (step - last_skips_I[0] < guard.window_steps) | (2 * refused.skipped > step + 1)
     return optax.tree.where(fine, applied, refused), reason, ~fine & many
+
+
+def first_refused_row(guard: experiment.Guard, state: GuardState, step: jax.Array) -> jax.Array:
+    """The first row of those of the last `window_steps` steps that were not applied; of none, the greatest number."""
+    counted_I = step - state.last_skips_I < guard.window_steps
+    return jnp.min(jnp.where(counted_I, state.last_rows_I, jnp.uint32(2**32 - 1)))

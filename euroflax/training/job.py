@@ -5,13 +5,13 @@ from collections.abc import Callable
 from typing import Protocol
 
 import jax
-import numpy as np
 
 from euroflax.checkpoint import Checkpoints
 from euroflax.data.prepare import Prepared
 from euroflax.experiment import Experiment
 from euroflax.huggingface import Folder
 from euroflax.training.clock import Clock
+from euroflax.training.energy import Energy
 from euroflax.training.record import Record
 from euroflax.training.stop import Stop
 
@@ -45,12 +45,4 @@ class Job:
     display: Display
     stop: Stop
     clock: Clock
-
-
-def agree(wish: bool) -> bool:
-    """Whether any process of the job wishes it: the same answer in all of them."""
-    if jax.process_count() == 1:
-        return wish
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.array(wish))))
+    energy: Energy

@@ -9,19 +9,33 @@ from collections.abc import Callable
 import jax
 
 from euroflax import evaluation, sharding
+from euroflax.accelerators import accelerator_of, estimated_joules
 from euroflax.checkpoint import Checkpoints
 from euroflax.data.ledger import ledger
 from euroflax.data.loader import Rows, batches
 from euroflax.data.prepare import Prepared
+from euroflax.data.skipping import Range, batch_stop, next_position
 from euroflax.data.tokenizer import Tokenizer
-from euroflax.experiment import Experiment, ExperimentError, Interrupted, to_json
+from euroflax.experiment import Experiment, ExperimentError, Interrupted, RunFailed, Span, to_json
 from euroflax.huggingface import Folder
+from euroflax.processes import agree, gather_json
 from euroflax.training.clock import Clock
-from euroflax.training.job import Display, Job, agree
+from euroflax.training.energy import Energy, Reading, combine
+from euroflax.training.guard import BadStretch
+from euroflax.training.job import Display, Job
 from euroflax.training.meter import Meter
 from euroflax.training.record import Record, differences, now
 from euroflax.training.samples import write_samples
-from euroflax.training.step import Step, TrainState, abstract_state, compile_step, init_state
+from euroflax.training.saving import Saver
+from euroflax.training.step import (
+    Step,
+    TrainState,
+    abstract_state,
+    compile_step,
+    init_state,
+    skip,
+    skipped_ranges,
+)
 from euroflax.training.stop import Stop
 
 
@@ -45,10 +59,12 @@ def train(
     mesh = sharding.make_mesh(declared)
     assert isinstance(mesh, jax.sharding.Mesh)
     record = Record(run_dir, declared, writes=jax.process_index() == 0)
-    with contextlib.closing(record), jax.set_mesh(mesh):
+    energy = Energy(device.local_hardware_id for device in jax.local_devices() if device.platform == "gpu")
+    with contextlib.closing(record), contextlib.closing(energy), jax.set_mesh(mesh):
         checkpoints = Checkpoints(run_dir / "checkpoints", declared.checkpoint, display.note)
         with contextlib.closing(checkpoints):
-            return _run(Job(declared, prepared, weights, mesh, record, checkpoints, display, stop, clock)).params
+            job = Job(declared, prepared, weights, mesh, record, checkpoints, display, stop, clock, energy)
+            return _run(job).params
 
 
 def check_facts(declared: Experiment, tokenizer: Tokenizer, path: pathlib.Path, facts: dict) -> None:
@@ -66,40 +82,92 @@ def check_facts(declared: Experiment, tokenizer: Tokenizer, path: pathlib.Path, 
 
 
 def _run(job: Job) -> TrainState:
-    with job.clock.on("restore"):
-        state, shardings = _first_state(job)
+    state, shardings = _first_state(job)
     step, position = int(state.step), int(state.position)
-    rows = Rows(job.declared, job.prepared, job.prepared.withdrawals(position))
+    rows = Rows(job.declared, job.prepared, job.prepared.withdrawals(position)).without(skipped_ranges(state))
     job.record.begin(_session(job), job.prepared, rows.order, position)
     _note_read(job, rows, position)
-    job.record.write_manifest()
     job.record.cut_back(step)
+    job.record.write_manifest()
     session = job.record.manifest["sessions"][-1]
     if position >= job.declared.total_rows:
         job.display.note(f"run {job.declared.name} is complete: {step} steps")
     elif step:
         job.display.note(f"goes on after step {step} of run {job.declared.name}")
+    steps: dict[int, Step] = {}
+    job.clock.turn("other")
     try:
-        state = _loop(job, rows, state, shardings)
+        while True:
+            try:
+                state = _loop(job, rows, state, shardings, steps)
+                break
+            except BadStretch as error:  # which holds the state: it must be gone before another one is read
+                bad, why = error.rows, str(error)
+            del state
+            state, rows = _go_back(job, rows, bad, why, shardings)
         if job.declared.evaluation.sample_tokens:
-            with job.clock.on("sample"):
+            with job.clock.on("evaluate"):
                 _sample(job, state)
         return state
     finally:
         _note_session(job, session.get("position", position))
 
 
-def _note_session(job: Job, position: int) -> None:
+def _go_back(job: Job, rows: Rows, bad: Range, why: str, shardings: TrainState) -> tuple[TrainState, Rows]:
+    """The state of the checkpoint before a stretch of rows, and the rows without that stretch.
+
+    Raises:
+        RunFailed: the run may not go back, or there is nowhere to go back to or nothing to go on with.
+    """
+    most = job.declared.training.guard.max_returns
+    if len(rows.skipped) >= most:
+        raise RunFailed(f"{why}; the run has gone back {most} times (training.guard.max_returns)" if most else why)
+    if bad[1] >= job.declared.total_rows:
+        raise RunFailed(f"{why}; these are the last rows of the run, and nothing is left to go on with")
+    with job.clock.on("restart"):
+        if not job.checkpoints.go_back(bad[0]):
+            raise RunFailed(f"{why}; there is no checkpoint before row {bad[0]} to go back to")
+        state, _ = _first_state(job)
+        state = skip(state, [*rows.skipped, bad])
+    step = int(state.step)
+    job.clock.lose(job.record.cut_back(step))
+    job.record.manifest.setdefault("returns", []).append({"at": now(), "step": step, "rows": bad, "why": why})
+    rows = rows.without(skipped_ranges(state))
+    _note_read(job, rows, int(state.position))
+    _note_session(job, int(state.position))
+    job.display.note(
+        f"{why}; goes back to step {step} and on without rows {bad[0]} to {bad[1] - 1}, return {len(rows.skipped)} of "
+        f"{most}"
+    )
+    return state, rows
+
+
+def _note_session(job: Job, position: int, readings: list[Reading] | None = None) -> None:
     """Brings the manifest up to date: the session's end so far."""
     session = job.record.manifest["sessions"][-1]
     session |= {"to": now(), "position": position, "seconds": job.clock.read()}
+    kind = accelerator_of(session["device_kind"])
+    seconds = session["devices"] * sum(session["seconds"].values())
+    session["energy_estimate_joules"] = estimated_joules(kind, seconds)
+    readings = [job.energy.read()] if readings is None and jax.process_count() == 1 else readings
+    if readings is not None:
+        on_accelerator = jax.default_backend() != "cpu"
+        session["energy_joules"], session["energy_boundary"] = combine(readings, on_accelerator)
     job.record.write_manifest()
+
+
+def _readings(job: Job) -> list[Reading]:
+    """What each process of the job has measured: all of them must ask."""
+    mine = dataclasses.asdict(job.energy.read())
+    return [Reading(**theirs) for theirs in gather_json(mine)]
 
 
 def _note_read(job: Job, rows: Rows, position: int) -> None:
     """Brings the ledger of the manifest up to date: what was read until a position."""
     if jax.process_index() == 0:
-        entries = [dataclasses.asdict(entry) for entry in ledger(job.declared, rows.order, position)]
+        found = ledger(job.declared, rows.order, position, rows.skipped)
+        entries = [dataclasses.asdict(entry) for entry in found]
+        job.record.manifest["skipped_ranges"] = list(rows.skipped)
         job.record.manifest["ledger"] = {"position": position, "entries": entries}
 
 
@@ -121,32 +189,40 @@ def _first_state(job: Job) -> tuple[TrainState, TrainState]:
     return state, shardings
 
 
-def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState) -> TrainState:
+def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState, steps: dict[int, Step]) -> TrainState:
     declared = job.declared
     step, position = int(state.step), int(state.position)
     ended = position >= declared.total_rows
     if step == 0 or ended or _is_due(step, declared.evaluation.every_steps):
         _evaluate(job, state, step)
     mine = functools.cache(functools.partial(sharding.local_rows, job.mesh))
-    meter = Meter(job, step, position)
+    meter, saver = Meter(job, step, position, rows.skipped), Saver(job)
     loader = batches(declared, rows, position, mine)
-    steps: dict[int, Step] = {}
-    due = False
+    saved, due = step, False
+
+    def save(*, wait: bool) -> None:
+        _note_read(job, rows, position)
+        saver.save(step, state, _facts(job, rows, step, position), last=wait)
+        _note_session(job, position, _readings(job))
+
     while position < declared.total_rows:
         span = declared.span_at(position)
-        with job.clock.on("data"):
-            batch = sharding.place_batch(next(loader), job.mesh, mine(span.batch_rows), span.batch_rows)
-        doing = "step" if span.number in steps else "compile"
-        if span.number not in steps:
-            steps = {span.number: compile_step(declared, span, shardings)}
-        with job.clock.on(doing):
-            state, metrics = steps[span.number](state, batch)
-        step, position = step + 1, min(position + span.batch_rows, span.stop_row)
+        try:
+            with job.clock.on("data"):
+                batch = sharding.place_batch(next(loader), job.mesh, mine(span.batch_rows), span.batch_rows)
+        except (ExperimentError, Interrupted):  # what was learnt until here is sound
+            meter.flush()
+            if jax.process_count() == 1 and step > saved and not meter.skipped:
+                save(wait=True)
+            raise
+        nothing_to_lose = step == saved and not job.checkpoints.has_begun
+        state, metrics = _step(job, steps, span, shardings, nothing_to_lose, (state, batch))
+        step, position = step + 1, next_position(batch_stop(span, position, rows.skipped), rows.skipped)
         with job.clock.on("step"):
             stopping = meter.dispatched(metrics)
         last = position >= declared.total_rows
         evaluates = last or _is_due(step, declared.evaluation.every_steps)
-        due = due or _is_due(step, declared.checkpoint.every_steps)
+        due = due or saver.is_due() or _is_due(step, declared.checkpoint.every_steps)
         if last or stopping or evaluates or due:
             with job.clock.on("step"):
                 stopping = meter.flush() or stopping
@@ -158,24 +234,40 @@ def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState) -> Tra
         # Behind a step that was not applied the state may be ruined: a save waits, and pushes no good one out.
         saves = last or ((stopping or due) and not meter.skipped)
         if saves:
-            due = False
-            with job.clock.on("save"):
-                _note_read(job, rows, position)
-                job.checkpoints.save(step, state, _facts(job, rows, step, position))
-            _note_session(job, position)
+            saved, due = step, False
+            save(wait=last or stopping)
         if stopping:
-            job.checkpoints.wait()
-            kept = (
-                "is saved; the same command goes on from there"
-                if saves
-                else ("was not applied and is not saved; the same command goes on from the last checkpoint")
-            )
-            raise Interrupted(f"stopped after step {step}, which {kept}")
+            saver.finish()
+            raise Interrupted(_stopped(job, step, saves))
         if saves or evaluates:
             meter.resume()
-    with job.clock.on("save"):
-        job.checkpoints.wait()
+        if job.stop.deadline is not None:
+            job.stop.reserve_seconds = 1.5 * saver.seconds(state) + 2 * meter.step_seconds
     return state
+
+
+def _stopped(job: Job, step: int, saved: bool) -> str:
+    kept = "is saved; the same command goes on from there"
+    lost = "was not applied and is not saved; the same command goes on from the last checkpoint"
+    return f"stopped by {job.stop.reason or 'another process'} after step {step}, which {kept if saved else lost}"
+
+
+def _step(
+    job: Job,
+    steps: dict[int, Step],
+    span: Span,
+    shardings: TrainState,
+    nothing_to_lose: bool,
+    given: tuple[TrainState, dict],
+) -> tuple[TrainState, dict]:
+    """Takes a step of a stage; the first one compiles it."""
+    if span.number in steps:
+        with job.clock.on("step"):
+            return steps[span.number](*given)
+    steps.clear()
+    steps[span.number] = compile_step(job.declared, span, shardings)
+    with job.clock.on("compile"), job.stop.at_once() if nothing_to_lose else contextlib.nullcontext():
+        return steps[span.number](*given)
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -192,8 +284,7 @@ def _evaluate(job: Job, state: TrainState, step: int) -> None:
         return
 
     def proceed(done: int, total: int) -> None:
-        if agree(job.stop.reason is not None):
-            raise Interrupted(f"stopped in the evaluation after step {step}; the same command goes on from there")
+        _go_on(job, f"the evaluation after step {step}")
         job.display.progress("evaluate", done, total)
 
     with job.clock.on("evaluate"):
@@ -207,7 +298,18 @@ def _sample(job: Job, state: TrainState) -> None:
     """Keeps what the finished model writes, unless it is there."""
     step = int(state.step)
     if not agree(jax.process_index() == 0 and job.record.sampled(step)):
-        write_samples(job.declared, job.prepared, state.params, job.record, step)
+        proceed = functools.partial(_go_on, job, "the samples of the finished model")
+        write_samples(job.declared, job.prepared, state.params, job.record, step, proceed)
+
+
+def _go_on(job: Job, doing: str) -> None:
+    """Goes on unless any process wishes to stop.
+
+    Raises:
+        Interrupted: one does.
+    """
+    if agree(job.stop.reason is not None):
+        raise Interrupted(f"stopped in {doing}; the same command goes on from there")
 
 
 def _facts(job: Job, rows: Rows, step: int, position: int) -> dict:
@@ -219,7 +321,7 @@ def _facts(job: Job, rows: Rows, step: int, position: int) -> dict:
         "tokenizer": job.prepared.tokenizer.fingerprint,
         "step": step,
         "position": position,
-        "skipped_ranges": [],
+        "skipped_ranges": [list(skipped) for skipped in rows.skipped],
     }
 
 

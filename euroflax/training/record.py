@@ -21,8 +21,9 @@ from euroflax.data.store import Store
 from euroflax.data.withdrawals import write_history
 from euroflax.experiment import Experiment, ExperimentError, Source, to_json
 from euroflax.experiment.codec import shown
-from euroflax.folders import make_folder, replace_file, replace_json
+from euroflax.folders import is_full, make_folder, replace_file, replace_json
 from euroflax.languages import fold
+from euroflax.training.goodput import goodput, lost, recover, totals
 
 _MAY_DIFFER = re.compile(
     r"mesh\.|checkpoint\.|evaluation\.|training\.(batch_tokens|accumulation_steps)$|stages\[\d+\]\.batch_tokens$"
@@ -30,6 +31,8 @@ _MAY_DIFFER = re.compile(
 )
 _MAX_FAULTS = 8
 _MAX_COUNTS = 100
+NO_SAVES = {"count": 0, "blocking_seconds": 0.0, "longest_seconds": 0.0}
+"""Of a session: its saves, how long they held up the steps, and how long the longest took to its end."""
 _MANIFEST = ("versions", "data", "mixture", "ledger", "sources", "tokenizer", "sessions")
 _PROVENANCE = ("name", "licence", "provider", "origin", "opt_out", "generator")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "tensorstore")
@@ -55,6 +58,7 @@ class Record:
             self._lock = self._take_lock()
         self.manifest = read_json(path / "manifest.json") or self.manifest
         self._metrics = path / "metrics.jsonl"
+        self._unwritten = b""
         self._evaluated: set[int] = set()
 
     def _take_lock(self) -> IO:
@@ -105,7 +109,9 @@ class Record:
         if not self.manifest.get("tokenizer") and self._writes:
             self.manifest["tokenizer"] = tokenizer_figures(self._declared, prepared)
         self.manifest["sessions"].append(
-            {"from": now(), "to": None, "steps": 0, "flops": 0, "energy_joules": None, **session}
+            {"from": now(), "to": None, "steps": 0, "flops": 0, "seconds": {}, "saves": dict(NO_SAVES)}
+            | {"energy_joules": None, "energy_boundary": None, "energy_estimate_joules": None}
+            | session
         )
         if self._writes:
             replace_json(self.path / "experiment.json", to_json(self._declared))
@@ -134,27 +140,77 @@ class Record:
 
     def write_manifest(self) -> None:
         """Replaces the manifest with what it is now."""
+        sessions = self.manifest["sessions"]
+        self.manifest["goodput"] = {"fraction": goodput(sessions), "seconds": totals(sessions)}
         if self._writes:
-            replace_json(self.path / "manifest.json", self.manifest)
+            try:
+                replace_json(self.path / "manifest.json", self.manifest)
+            except OSError as error:  # the one before stands, and the next start brings it up to date
+                if not is_full(error):
+                    raise
 
-    def cut_back(self, step: int) -> None:
-        """Drops metrics of steps after `step`, and a torn last line, so that each step stands once."""
-        if self._writes and self._metrics.is_file():
-            kept = [(line, value) for line, value in _lines(self._metrics) if value["step"] <= step]
-            self._evaluated = {value["step"] for _, value in kept if "eval" in value}
-            replace_file(self._metrics, b"".join(line for line, _ in kept))
+    def cut_back(self, step: int) -> dict[str, float]:
+        """Drops metrics of steps after `step`, and a torn last line, so that each step stands once.
+
+        What sessions spent on them is lost work. Returns that of this session: seconds by what they were spent on.
+        """
+        if not (self._writes and self._metrics.is_file()):
+            return {}
+        self._unwritten = b""
+        lines = list(_lines(self._metrics))
+        sessions = self.manifest["sessions"]
+        recover(sessions[:-1], (value for _, value in lines))
+        gone = lost((value for _, value in lines), step)
+        mine = gone.pop(len(sessions) - 1, {})
+        for number, spent in gone.items():
+            seconds = sessions[number]["seconds"]
+            sessions[number]["seconds"] = seconds | {
+                **{kind: round(seconds.get(kind, 0.0) - part, 3) for kind, part in spent.items()},
+                "lost": round(seconds.get("lost", 0.0) + sum(spent.values()), 3),
+            }
+        kept = [(line, value) for line, value in lines if value["step"] <= step]
+        self._evaluated = {value["step"] for _, value in kept if "eval" in value}
+        replace_file(self._metrics, b"".join(line for line, _ in kept))
+        return mine
 
     def append(self, values: Iterable[dict]) -> None:
-        """Adds lines to the metrics, on disk when this returns."""
+        """Adds lines to the metrics, on disk when this returns, or held back where the disk is full."""
         if not self._writes:
             return
-        with open(self._metrics, "ab") as file:
-            for value in values:
-                if "eval" in value:
-                    self._evaluated.add(value["step"])
-                file.write((json.dumps(_finite(value), ensure_ascii=False) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
+        for value in values:
+            if "eval" in value:
+                self._evaluated.add(value["step"])
+            self._unwritten += (json.dumps(_finite(value), ensure_ascii=False) + "\n").encode()
+        try:
+            self.flush()
+        except OSError as error:
+            if not is_full(error):
+                raise
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether there are lines that are not on disk."""
+        return bool(self._unwritten)
+
+    def flush(self) -> None:
+        """Writes what is held back.
+
+        Raises:
+            OSError: it cannot be written; nothing half of it is left.
+        """
+        if not self._unwritten:
+            return
+        with open(self._metrics, "ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                left = memoryview(self._unwritten)
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
+        self._unwritten = b""
 
     def keep_samples(self, samples: dict) -> None:
         """Writes what the model wrote after `samples["step"]` steps."""

@@ -1,5 +1,7 @@
 """What the finished model writes after the beginning of a held-out text in each language."""
 
+from collections.abc import Callable
+
 import jax
 
 from euroflax import generation
@@ -14,10 +16,13 @@ _TEMPERATURE = 0.7
 _TOP_P = 0.9
 
 
-def write_samples(declared: Experiment, prepared: Prepared, params: dict, record: Record, step: int) -> None:
+def write_samples(
+    declared: Experiment, prepared: Prepared, params: dict, record: Record, step: int, proceed: Callable[[], None]
+) -> None:
     """Writes `samples.json` into the run folder: language, document, prompt and continuation.
 
     The prompt is the first sixteen tokens of the first document that is evaluated on. All processes of a job take part.
+    `proceed` is called now and then, and may raise.
     """
     prompts: dict[str, tuple[str, str]] = {}
     for source, store in prepared.evaluation:
@@ -37,7 +42,7 @@ def write_samples(declared: Experiment, prepared: Prepared, params: dict, record
     )
     texts = [text for _, text in prompts.values()]
     length = declared.context_length
-    found = generation.generate(declared.model, params, prepared.tokenizer, length, texts, sampling)
+    found = generation.generate(declared.model, params, prepared.tokenizer, length, texts, sampling, proceed=proceed)
     rows = [
         {"language": code, "document": document, "prompt": text, "text": written.text}
         for (code, (document, text)), written in zip(prompts.items(), found, strict=True)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from euroflax import model
+from euroflax.data.skipping import Range, next_position
 from euroflax.experiment import Experiment, Span
 from euroflax.sharding import constrain, per_replica, shardings
-from euroflax.training.guard import FINE, GuardState, init_guard, judge
+from euroflax.training.guard import FINE, GuardState, first_refused_row, init_guard, judge
 from euroflax.training.objectives import next_token
 from euroflax.training.optimizer import learning_rate, make_optimizer
 
@@ -27,7 +29,11 @@ class TrainState:
     params: dict
     optimizer: optax.OptState
     guard: GuardState
+    skipped_ranges_PQ: jax.Array
+    """First row and row after the last of each range that is skipped, uint32; `NO_ROW` where there is none yet."""
 
+
+NO_ROW = 2**32 - 1
 
 Step = Callable[[TrainState, dict], tuple[TrainState, dict]]
 
@@ -41,6 +47,7 @@ def init_state(declared: Experiment) -> TrainState:
         params=params,
         optimizer=make_optimizer(declared.training).init(params),
         guard=init_guard(declared.training.guard),
+        skipped_ranges_PQ=jnp.full((max(declared.training.guard.max_returns, 1), 2), jnp.uint32(NO_ROW)),
     )
 
 
@@ -61,23 +68,56 @@ def train_step(declared: Experiment, span: Span, state: TrainState, batch: dict)
 
     Returns:
         The new state, and `loss`, `loss_sum_M`, `weight_M`, `padding`, `grad_norm`, `learning_rate`, `skipped` (the
-        guard's reason, 0 for none), `too_many`.
+        guard's reason, 0 for none), `too_many`, `refused_from` (the first row of the steps that it counts).
     """
     training = declared.training
     total_weight = jnp.maximum(jnp.sum(batch["loss_weights_BL"]), 1.0)
     gradients, metrics = per_replica(functools.partial(_gradients, declared), state.params, batch, total_weight)
-    rows = min(span.batch_rows, span.stop_row - span.first_row)
-    left = jnp.uint32(span.stop_row) - state.position
-    position = state.position + jnp.minimum(jnp.uint32(rows), left)
-    tokens = span.first_token + (position - jnp.uint32(span.first_row)).astype(jnp.float32) * span.sequence_length
+    stop, position = _consume(span, state.position, state.skipped_ranges_PQ)
+    tokens = span.first_token + (stop - jnp.uint32(span.first_row)).astype(jnp.float32) * span.sequence_length
     rate = learning_rate(training.schedule, declared.total_tokens, tokens)
     updates, optimizer = make_optimizer(training).update(gradients, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
     metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": rate}
-    guard, reason, too_many = judge(training.guard, state.guard, state.step + 1, metrics["loss"], metrics["grad_norm"])
-    metrics |= {"skipped": reason, "too_many": too_many}
+    judged = (state.step + 1, state.position, metrics["loss"], metrics["grad_norm"])
+    guard, reason, too_many = judge(training.guard, state.guard, *judged)
+    refused_from = first_refused_row(training.guard, guard, state.step + 1)
+    metrics |= {"skipped": reason, "too_many": too_many, "refused_from": refused_from}
     params, optimizer = optax.tree.where(reason == FINE, (params, optimizer), (state.params, state.optimizer))
-    return TrainState(state.step + 1, position, params, optimizer, guard), metrics
+    return TrainState(state.step + 1, position, params, optimizer, guard, state.skipped_ranges_PQ), metrics
+
+
+def _consume(span: Span, position: jax.Array, skipped_ranges_PQ: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The end of the batch that begins at a position, and the row that is read next: as in `data.skipping`."""
+    starts_P = skipped_ranges_PQ[:, 0]
+    ahead = jnp.min(jnp.where(starts_P > position, starts_P, jnp.uint32(NO_ROW)))
+    rows = jnp.uint32(min(span.batch_rows, span.stop_row - span.first_row))
+    left = jnp.minimum(jnp.uint32(span.stop_row), ahead) - position
+    stop = following = position + jnp.minimum(rows, left)
+    for start, end in skipped_ranges_PQ:  # in order
+        following = jnp.where((start <= following) & (following < end), end, following)
+    return stop, following
+
+
+def skipped_ranges(state: TrainState) -> list[Range]:
+    """The ranges of rows that are skipped, in order."""
+    pairs = jax.device_get(state.skipped_ranges_PQ).tolist()
+    return [(start, stop) for start, stop in pairs if start != NO_ROW]
+
+
+def skip(state: TrainState, ranges: list[Range]) -> TrainState:
+    """The state with these ranges of rows to skip, which begin at its position or later."""
+    rows = sorted(ranges)
+    padded = np.full(state.skipped_ranges_PQ.shape, NO_ROW, np.uint32)
+    padded[: len(rows)] = rows
+    position = np.uint32(next_position(int(state.position), rows))
+
+    def like(leaf: jax.Array, value: np.ndarray | np.uint32) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.asarray(value)[index])
+
+    return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        position=like(state.position, position), skipped_ranges_PQ=like(state.skipped_ranges_PQ, padded)
+    )
 
 
 def compile_step(declared: Experiment, span: Span, shardings_of_state: TrainState) -> jax.stages.Wrapped:

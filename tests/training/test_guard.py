@@ -9,10 +9,11 @@ import pytest
 
 from euroflax import report, verbs
 from euroflax.checkpoint import listed_steps
-from euroflax.data.loader import empty_batch
+from euroflax.data.loader import Rows, empty_batch
 from euroflax.experiment import Guard, Interrupted, RunFailed
 from euroflax.training import guard as guards
 from euroflax.training import loop
+from euroflax.training.record import read_manifest
 from euroflax.training.step import init_state, train_step
 from euroflax.training.stop import Stop
 from tests.conftest import small
@@ -25,7 +26,9 @@ def judged(pairs, guard=GUARD):
     """The reason of each step of given losses and norms, whether there were too many, and the state in the end."""
     state, found = guards.init_guard(guard), []
     for step, (loss, norm) in enumerate(pairs, 1):
-        state, reason, too_many = guards.judge(guard, state, jnp.int32(step), jnp.float32(loss), jnp.float32(norm))
+        state, reason, too_many = guards.judge(
+            guard, state, jnp.int32(step), jnp.uint32(8 * step - 8), jnp.float32(loss), jnp.float32(norm)
+        )
         found.append((int(reason), bool(too_many)))
     return found, state
 
@@ -116,6 +119,101 @@ def planted(monkeypatch):
 
     monkeypatch.setattr(loop, "batches", batches)
     return bad
+
+
+RETURNS = {"training__guard": Guard(max_skipped=1, max_returns=2), "checkpoint__every_steps": 1}
+
+
+@pytest.fixture
+def harmful(monkeypatch):
+    """Rows in whose batches no loss is finite, wherever the batches begin."""
+    genuine, bad = Rows.batch, set()
+
+    def batch(self, span, indices, stop=None):
+        made = genuine(self, span, indices, stop)
+        if bad & {index for index in indices if index < stop}:
+            made["loss_weights_BL"] *= np.float32(NAN)
+        return made
+
+    monkeypatch.setattr(Rows, "batch", batch)
+    return bad
+
+
+def read_rows(metrics):
+    """The rows of each step, by where it ended."""
+    return [(line["step"], line["sequences"]) for line in metrics if "loss" in line]
+
+
+def test_a_run_goes_back_before_a_bad_stretch_and_on_without_its_rows(folders, harmful):
+    harmful.update({17, 26})  # steps 3 and 4
+    display = Notes()
+    run = verbs.train(small(**RETURNS), folders, display)
+    assert [n for n in display.notes if "goes back to step 2 and on without rows 16 to 31, return 1 of 2" in n]
+    assert read_rows(run.metrics) == [(1, 8), (2, 16), (3, 40), (4, 48)]
+    assert not [line for line in run.metrics if "skipped" in line]
+    manifest = read_manifest(run.path)
+    assert manifest["skipped_ranges"] == [[16, 32]] and manifest["returns"][0]["rows"] == [16, 32]
+    assert manifest["returns"][0]["step"] == 2 and manifest["goodput"]["seconds"]["lost"] > 0
+    assert sum(entry["rows"] for entry in manifest["ledger"]["entries"] if entry["rows"]) == 32
+    again = verbs.train(small(**RETURNS), folders, display)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, run.params, again.params))
+    page = report.write(run.path).read_text()
+    assert "16 to 31" in page and "went back" in page
+
+
+@pytest.mark.parametrize("stop_at", [3, 4])
+def test_a_run_that_has_gone_back_is_resumed_to_the_same_bits(folders, harmful, stop_at):
+    harmful.update({17, 26})
+    whole = verbs.train(small(name="whole", **RETURNS), folders)
+    stop = Stop()
+
+    class StopOnce(Notes):
+        def step(self, metrics, total):
+            if any("goes back" in note for note in self.notes) and metrics["step"] == stop_at:
+                stop.request("a test")
+
+    with pytest.raises(Interrupted):
+        verbs.train(small(name="cut", **RETURNS), folders, StopOnce(), stop)
+    cut = verbs.train(small(name="cut", **RETURNS), folders)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, whole.params, cut.params))
+    assert read_rows(cut.metrics) == read_rows(whole.metrics)
+    assert read_manifest(cut.path)["skipped_ranges"] == [[16, 32]]
+
+
+def test_another_batch_after_a_return_is_cut_short_at_the_rows_that_are_skipped(folders, harmful):
+    harmful.update({17, 26})
+    declared = small(**RETURNS, training__tokens=8 * 8 * 64)
+    stop = Stop()
+
+    class StopOnce(Notes):
+        def step(self, metrics, total):
+            if metrics["step"] == 2:
+                stop.request("a test")
+
+    with pytest.raises(Interrupted):
+        verbs.train(declared, folders, StopOnce(), stop)
+    run = verbs.train(small(**RETURNS, training__tokens=8 * 8 * 64, training__batch_tokens=24 * 64), folders)
+    assert read_rows(run.metrics) == [(1, 8), (2, 16), (3, 40), (4, 64)]
+
+
+def test_a_run_that_has_gone_back_as_often_as_declared_fails_and_says_so(folders, harmful):
+    harmful.update({17, 26, 33, 41})
+    declared = small(**RETURNS | {"training__guard": Guard(max_skipped=1, max_returns=1)}, training__tokens=9 * 8 * 64)
+    with pytest.raises(
+        RunFailed, match=r"rows 32 to 39, 40 to 47: .*has gone back 1 times \(training.guard.max_returns"
+    ):
+        verbs.train(declared, folders)
+    assert verbs.latest_step(folders.run_dir(declared.name) / "checkpoints") == 2
+
+
+def test_without_a_checkpoint_before_the_stretch_or_rows_behind_it_there_is_no_return(folders, harmful):
+    harmful.update({0, 8})
+    with pytest.raises(RunFailed, match="no checkpoint before row 0 to go back to"):
+        verbs.train(small(name="first", **RETURNS), folders)
+    harmful.clear()
+    harmful.update({33, 41})
+    with pytest.raises(RunFailed, match="the last rows of the run"):
+        verbs.train(small(name="last", **RETURNS), folders)
 
 
 class Notes(verbs.SilentDisplay):

@@ -16,7 +16,7 @@ from euroflax.training.record import read_metrics
 from euroflax.training.stop import Stop
 from tests.conftest import small
 
-TIMES = ("step_seconds", "tokens_per_second", "mfu")
+TIMES = ("step_seconds", "tokens_per_second", "mfu", "goodput", "session")
 
 
 def deterministic(metrics):
@@ -188,7 +188,7 @@ def test_another_tokenizer_is_not_evaluated_with(folders):
 
 def test_a_wish_is_heard_though_every_step_is_saved(folders):
     stop = Stop()
-    with pytest.raises(Interrupted, match="stopped after step 3, which is saved"):
+    with pytest.raises(Interrupted, match="stopped by a test after step 3, which is saved"):
         verbs.train(small(checkpoint__every_steps=1), folders, StopAfter(stop, step=3), stop)
 
 

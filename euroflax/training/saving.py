@@ -1,0 +1,101 @@
+"""Saves in the background, and what is done where one fails."""
+
+import contextlib
+import time
+
+import jax
+
+from euroflax.checkpoint import SaveFailed
+from euroflax.experiment import Interrupted, RunFailed
+from euroflax.folders import is_full
+from euroflax.training.job import Job
+
+PAUSES = (5.0, 10.0, 20.0, 40.0)
+"""Seconds before a save that failed is tried again, for the first time, the second, and so on."""
+_BYTES_PER_SECOND = 100e6
+"""Of a save, for as long as none has been measured."""
+
+
+class Saver:
+    """Saves the state of a run, tries again what failed, and measures what it takes."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._failures = job, 0
+        self._again: float | None = None
+        self._session = job.record.manifest["sessions"][-1]
+
+    def is_due(self) -> bool:
+        """Whether a save failed and is to be tried again now; several processes see it at the next one."""
+        if jax.process_count() == 1 and not self._job.checkpoints.is_saving:
+            self._collect()
+        return self._again is not None and time.monotonic() >= self._again
+
+    def save(self, step: int, state: object, facts: dict, *, last: bool) -> None:
+        """Begins to save; the last one is on disk when this returns.
+
+        Raises:
+            Interrupted: the disk is full and stays so.
+            RunFailed: it cannot be written.
+        """
+        began = time.monotonic()
+        with self._job.clock.on("save"):
+            self._collect()
+            self._again = None
+            while not self._attempt(step, state, facts, last) and last:
+                time.sleep(PAUSES[self._failures - 1])
+        saves = self._session["saves"]
+        saves["count"] += 1
+        saves["blocking_seconds"] = round(saves["blocking_seconds"] + time.monotonic() - began, 4)
+
+    def _attempt(self, step: int, state: object, facts: dict, last: bool) -> bool:
+        """Whether a save was begun, or with `last` is done."""
+        try:
+            self._job.record.flush()
+            self._job.checkpoints.save(step, state, facts)
+            if last:
+                self._job.checkpoints.wait()
+                self._done()
+        except (SaveFailed, OSError) as error:
+            self._failed(error)
+            return False
+        return True
+
+    def finish(self) -> None:
+        """Waits for the last save, which `save` has not waited for."""
+        with self._job.clock.on("save"):
+            self._collect()
+
+    def _collect(self) -> None:
+        """Takes the outcome of the save before, for which it waits."""
+        if self._job.checkpoints.has_begun:
+            try:
+                self._job.checkpoints.wait()
+                self._done()
+            except SaveFailed as error:
+                self._failed(error)
+
+    def _done(self) -> None:
+        self._failures, self._again = 0, None
+        self._session["saves"]["longest_seconds"] = round(self._job.checkpoints.save_seconds, 4)
+
+    def _failed(self, error: SaveFailed | OSError) -> None:
+        if self._failures >= len(PAUSES):
+            tried = self._failures + 1
+            text = f"the checkpoint cannot be written ({error}), tried {tried} times; those before it are kept"
+            if is_full(error):
+                raise Interrupted(f"error: {text}; make room and run the same command again") from error
+            raise RunFailed(f"{text}; mend that") from error
+        pause = PAUSES[self._failures]
+        self._failures, self._again = self._failures + 1, time.monotonic() + pause
+        self._job.display.note(
+            f"a checkpoint could not be written ({error}); those before it are kept; tried again in {pause:.0f} s"
+        )
+
+    def seconds(self, state: object) -> float:
+        """How long a save takes at most, by those of the run so far, or by the size of the state."""
+        with contextlib.suppress(ValueError):
+            sessions = self._job.record.manifest["sessions"]
+            known = [session.get("saves", {}).get("longest_seconds", 0.0) for session in sessions]
+            return max(seconds for seconds in known if seconds > 0)
+        held = (leaf.addressable_shards for leaf in jax.tree.leaves(state))
+        return sum(shard.data.nbytes for shards in held for shard in shards) / _BYTES_PER_SECOND
