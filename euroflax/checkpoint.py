@@ -31,7 +31,7 @@ from orbax.checkpoint import checkpoint_managers
 from euroflax import experiment
 from euroflax.experiment import Interrupted
 from euroflax.folders import is_full, replace_json
-from euroflax.processes import agree
+from euroflax.processes import gather_json
 from euroflax.sharding import letters_of, name_of
 
 T = TypeVar("T")
@@ -106,18 +106,20 @@ class Checkpoints:
             if int(manifest.stem) not in steps:
                 manifest.unlink(missing_ok=True)
 
-    def save(self, step: int, state: object, facts: dict) -> None:
+    def save(self, step: int, state: object, facts: dict, first: Callable[[], None] = lambda: None) -> None:
         """Begins to save; returns when the state may be changed, while files are still being written.
 
         Args:
             step: completed steps.
             state: a tree of arrays, sharded as they are.
             facts: what JSON can hold.
+            first: done before; where it fails in any process, nothing is saved.
 
         Raises:
             SaveFailed: this save, or the one before, could not be written.
         """
         self.wait()
+        self._all_did(first)
         began = time.monotonic()
         chunks = jax.tree_util.tree_map_with_path(_chunks, state)
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state, chunks), facts=ocp.args.JsonSave(facts))
@@ -164,9 +166,10 @@ class Checkpoints:
             work()
         except Exception as error:
             fault = error
-        if agree(fault is not None):
+        reasons = gather_json(None if fault is None else _reason(fault))
+        if reason := next((found for found in reasons if found is not None), None):
             self._reopen(lambda step: not (self._path / _MANIFESTS / f"{step}.json").is_file())
-            raise SaveFailed(_reason(fault)) from fault
+            raise SaveFailed(reason) from fault
 
     def go_back(self, position: int) -> bool:
         """Throws away the checkpoints that have consumed more rows than `position`; returns whether one is left."""
@@ -180,7 +183,7 @@ class Checkpoints:
 
     def _reopen(self, unwanted: Callable[[int], bool]) -> None:
         """Throws away what is unfinished, and unwanted steps, behind Orbax's back."""
-        self._manager.close()
+        self._close_manager()
         if jax.process_index() == 0:
             for entry in self._path.iterdir():
                 if "orbax-checkpoint-tmp" in entry.name or (entry.name.isdigit() and unwanted(int(entry.name))):
@@ -206,7 +209,11 @@ class Checkpoints:
         self._pool.shutdown()
         if self._finishing is not None and (error := self._finishing.exception()) is not None:
             self._note(f"the last checkpoint could not be written: {_reason(error)}")
-        self._manager.close()
+        self._close_manager()
+
+    def _close_manager(self) -> None:
+        with contextlib.suppress(Exception):  # of the save that failed, once more
+            self._manager.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,10 +277,8 @@ def open_latest(path: pathlib.Path, check: Callable[[dict], None], note: Callabl
     return SavedParams(path, latest, facts)
 
 
-def _reason(error: BaseException | None) -> str:
+def _reason(error: BaseException) -> str:
     """What is behind an error, in a line."""
-    if error is None:
-        return "another process of the job could not write its part"
     said = next((os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT) if is_full(error, number)), str(error))
     return said.strip().partition("\n")[0][:200] or type(error).__name__
 
@@ -291,8 +296,8 @@ def _chunks(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
 
 
 def _quiet() -> None:
-    """Keeps Orbax's log off the user's terminal."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    """Keeps Orbax's log off the user's terminal: what fails is raised, and said by us."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def _latest_good(path: pathlib.Path, note: Callable[[str], None]) -> int | None:

@@ -32,7 +32,8 @@ def _train(call: Call) -> None:
     call.display.evaluations(run.metrics)
     call.display.note(f"run folder  {run.path}")
     if call.options.process_id == 0:
-        call.display.note(f"report      {report.write(run.path)}")
+        with call.stop.at_once():
+            call.display.note(f"report      {report.write(run.path)}")
 
 
 def _check(call: Call) -> dict:

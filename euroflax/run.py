@@ -1,12 +1,15 @@
 """The command line: `python -m euroflax.run EXPERIMENT.py [VERB]`. Parses, loads, dispatches one verb."""
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import pathlib
 import shlex
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from types import FrameType
@@ -15,7 +18,8 @@ from typing import NoReturn
 from euroflax.experiment import Experiment, ExperimentError, Interrupted, RunFailed, load, to_json
 from euroflax.folders import Folders, is_full
 from euroflax.processes import Processes
-from euroflax.training.stop import Stop
+from euroflax.training.stop import Stop, slurm_limit, time_limit
+from euroflax.training.watchdog import Watchdog
 
 VERBS = {
     "train": "prepare what is missing, train, go on where it was interrupted, evaluate (default)",
@@ -30,6 +34,11 @@ VERBS = {
     "report": "write report.html in the run folder: the run on one page",
 }
 _ON_DEVICES = ("train", "evaluate", "generate")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""Schedulers send the last two some minutes before they end a job."""
+_HANG_MINUTES = 30.0
+_LEAST_SLURM_SECONDS = 60.0
+"""A limit of Slurm's that is nearer than this when the command begins is that of a wrong clock."""
 _ONLY_FOR = {
     "json": ("check", "plan", "evaluate", "generate", "show", "bench"),
     "on": ("plan",),
@@ -45,6 +54,8 @@ _ONLY_FOR = {
     "stop": ("generate",),
     "seed": ("generate",),
     "dtype": ("export",),
+    "time_limit": ("train", "prepare", "evaluate", "generate"),
+    "hang_minutes": ("train", "evaluate", "generate"),
 }
 """Flags that mean nothing to other verbs."""
 
@@ -58,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         declared = load(options.experiment, overrides)
         _check_flags(options)
         stop = Stop()
+        _set_limit(options, stop)
         _listen(stop)
         return _dispatch(declared, options, stop)
     except ExperimentError as error:
@@ -131,6 +143,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="process 0 of a job of several processes")
     parser.add_argument("--process-id", type=int, default=0, metavar="I", help="number of this process")
     parser.add_argument("--process-count", type=int, default=1, metavar="N", help="number of processes")
+    parser.add_argument("--time-limit", metavar="HH:MM", help="save and end in time, with status 75 (Slurm's)")
+    parser.add_argument(
+        "--hang-minutes",
+        type=float,
+        metavar="N",
+        help="end, with status 75, if nothing moves for so long (30); 0 never",
+    )
     parser.add_argument("--json", action="store_true", default=None, help="one JSON document on standard output")
     _add_flags_of_verbs(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -165,6 +184,8 @@ def _check_flags(options: argparse.Namespace) -> None:
             raise ExperimentError(f"{flag} is not for {options.verb}; it goes with {', '.join(verbs)}")
     if options.verb == "show" and (options.row is None) == (options.ledger is None):
         raise ExperimentError("show needs one of --row I and --ledger")
+    if options.hang_minutes is not None and not 0 <= options.hang_minutes < math.inf:
+        raise ExperimentError(f"--hang-minutes={options.hang_minutes} is no time; use minutes, 30 say, or 0 for never")
     if options.rows is not None and options.rows < 1:
         raise ExperimentError(f"--rows {options.rows} is no number of rows; use 1 or more")
     if options.position is not None and options.ledger is None:
@@ -174,13 +195,24 @@ def _check_flags(options: argparse.Namespace) -> None:
 
 
 def _listen(stop: Stop) -> None:
-    """From here on SIGTERM and SIGINT end the command in good order, with status 75."""
+    """From here on signals end the command in good order, with status 75."""
 
     def on_signal(number: int, _: FrameType | None) -> None:
         stop.request(signal.Signals(number).name)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         signal.signal(number, on_signal)
+    stop.listens = True
+
+
+def _set_limit(options: argparse.Namespace, stop: Stop) -> None:
+    """The command ends in time: as its flag says, or else as Slurm does."""
+    if options.time_limit is not None:
+        stop.limit(time_limit(options.time_limit))
+    elif options.verb in _ONLY_FOR["time_limit"]:
+        left = slurm_limit(os.environ, time.time())
+        if left is not None and left > _LEAST_SLURM_SECONDS:
+            stop.deadline = time.monotonic() + left
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -196,7 +228,8 @@ def _dispatch(declared: Experiment, options: argparse.Namespace, stop: Stop) -> 
     if options.verb == "report":  # loads no JAX: it is wanted on login nodes too
         from euroflax import report
 
-        print(f"report      {report.write(folders.run_dir(declared.name))}")
+        with stop.at_once():
+            print(f"report      {report.write(folders.run_dir(declared.name))}")
         return 0
     from euroflax import devices, processes
 
@@ -209,9 +242,12 @@ def _dispatch(declared: Experiment, options: argparse.Namespace, stop: Stop) -> 
     job = devices.set_up(declared, simulated, folders.cache_dir, job)
     options.process_id, options.process_count = job.process_id, job.process_count
     _listen(stop)  # again: jax.distributed takes SIGTERM for itself
-    if job.process_count == 1 or options.verb not in _ON_DEVICES:
-        return _run_verb(declared, options, folders, stop)
-    return _watched(lambda: _run_verb(declared, options, folders, stop), declared, job)
+    minutes = _HANG_MINUTES if options.hang_minutes is None else options.hang_minutes
+    watchdog = Watchdog(stop, 60 * minutes if options.verb in _ON_DEVICES else 0.0)
+    with contextlib.closing(watchdog):
+        if job.process_count == 1 or options.verb not in _ON_DEVICES:
+            return _run_verb(declared, options, folders, stop)
+        return _watched(lambda: _run_verb(declared, options, folders, stop), declared, job)
 
 
 def _watched(run_verb: Callable[[], int], declared: Experiment, job: Processes) -> int:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -62,6 +63,62 @@ def write_experiment(path: pathlib.Path, declared: Experiment) -> pathlib.Path:
         encoding="utf-8",
     )
     return path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="the fault suite in full: more kills, longer waits")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether the fault suite runs in full."""
+    return request.config.getoption("--full")
+
+
+class Fault:
+    """What a test of the fault suite tells for the table at the end."""
+
+    def __init__(self, tell) -> None:
+        self._tell = tell
+
+    def expected(self, fault: str, expected: str) -> None:
+        """What befalls a run, and what it should do."""
+        self._tell("fault", fault)
+        self._tell("expected", expected)
+
+    def happened(self, text: str) -> None:
+        """What it did."""
+        self._tell("happened", " ".join(text.split()))
+
+
+@pytest.fixture
+def fault(record_property) -> Fault:
+    """Tells of a fault for the table at the end."""
+    return Fault(record_property)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A table of the faults: what was caused, what was expected, what happened."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind) if r.when == "call"]
+    told = [(report, dict(report.user_properties)) for report in reports]
+    rows = sorted((told["fault"], told["expected"], told.get("happened"), report) for report, told in told if told)
+    if not rows:
+        return
+    terminalreporter.section("faults")
+    for fault, expected, happened, report in rows:
+        said = happened if report.passed and happened else f"FAILED: {happened or report.nodeid}"
+        for name, text in (("fault", fault), ("expected", expected), ("happened", said)):
+            lines = textwrap.wrap(text, 100, break_long_words=False) or [""]
+            for i, line in enumerate(lines):
+                terminalreporter.write_line(f"{name if i == 0 else '':10}{line}")
+        terminalreporter.write_line("")
+
+
+def deterministic(folder: pathlib.Path) -> list[dict]:
+    """The metrics of a run without times."""
+    keep = ("step", "loss", "loss_by_language", "grad_norm", "learning_rate", "tokens", "sequences", "eval")
+    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key in keep} for line in lines]
 
 
 def user_environment() -> dict[str, str]:

@@ -10,7 +10,6 @@ import sys
 import pytest
 
 from euroflax import report, verbs
-from euroflax.console import SilentDisplay
 from euroflax.data import arrays, packings
 from euroflax.data.prepare import prepare
 from euroflax.experiment import ExperimentError, Interrupted, Mixture, Stage, load, override, validate
@@ -483,29 +482,6 @@ def test_more_tokens_that_would_change_the_past_of_the_mixture_are_refused(folde
 
 
 # What may befall its files.
-
-
-@pytest.mark.parametrize("harm", ["cut", "changed"])
-def test_a_store_that_is_harmed_under_a_run_ends_it_with_its_line_and_the_run_goes_on_once_it_is_mended(tmp_path, harm):
-    folders = Folders(cache_dir=tmp_path / "cache", runs_dir=tmp_path / "runs", data_root=tmp_path)
-    declared = small(training__tokens=60 * 512, checkpoint__every_steps=2)
-    prepared = prepare(declared, folders)
-    files = [store.path / "tokens" for _, store in prepared.train]
-    whole = [file.read_bytes() for file in files]
-
-    class Harm(SilentDisplay):
-        def step(self, metrics, total_tokens):
-            if metrics["step"] == 5:
-                for file, content in zip(files, whole, strict=True):
-                    file.write_bytes(content[:10] if harm == "cut" else content[:10] + b"xx" + content[12:])
-
-    with pytest.raises(ExperimentError, match=r"tokens (was cut short|does not fit its checksum).*; delete the folder"):
-        verbs.train(declared, folders, Harm())
-    for file, content in zip(files, whole, strict=True):
-        file.write_bytes(content)
-    done = verbs.train(declared, folders)
-    fresh = verbs.train(declared, dataclasses.replace(folders, runs_dir=tmp_path / "fresh"))
-    assert deterministic(done.metrics) == deterministic(fresh.metrics)
 
 
 @pytest.mark.parametrize("when", [1, 3, 8, 11])

@@ -192,8 +192,7 @@ def _first_state(job: Job) -> tuple[TrainState, TrainState]:
 def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState, steps: dict[int, Step]) -> TrainState:
     declared = job.declared
     step, position = int(state.step), int(state.position)
-    ended = position >= declared.total_rows
-    if step == 0 or ended or _is_due(step, declared.evaluation.every_steps):
+    if step == 0 or position >= declared.total_rows or _is_due(step, declared.evaluation.every_steps):
         _evaluate(job, state, step)
     mine = functools.cache(functools.partial(sharding.local_rows, job.mesh))
     meter, saver = Meter(job, step, position, rows.skipped), Saver(job)
@@ -222,8 +221,9 @@ def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState, steps:
             stopping = meter.dispatched(metrics)
         last = position >= declared.total_rows
         evaluates = last or _is_due(step, declared.evaluation.every_steps)
-        due = due or saver.is_due() or _is_due(step, declared.checkpoint.every_steps)
-        if last or stopping or evaluates or due:
+        due = due or saver.has_failed() or _is_due(step, declared.checkpoint.every_steps)
+        wanted = last or stopping or (due and saver.is_ready())
+        if wanted or evaluates:
             with job.clock.on("step"):
                 stopping = meter.flush() or stopping
         try:
@@ -232,7 +232,7 @@ def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState, steps:
         except Interrupted:
             stopping = True
         # Behind a step that was not applied the state may be ruined: a save waits, and pushes no good one out.
-        saves = last or ((stopping or due) and not meter.skipped)
+        saves = last or ((stopping or wanted) and not meter.skipped)
         if saves:
             saved, due = step, False
             save(wait=last or stopping)
@@ -264,6 +264,8 @@ def _step(
     if span.number in steps:
         with job.clock.on("step"):
             return steps[span.number](*given)
+    if nothing_to_lose:
+        _go_on(job, "the start")
     steps.clear()
     steps[span.number] = compile_step(job.declared, span, shardings)
     with job.clock.on("compile"), job.stop.at_once() if nothing_to_lose else contextlib.nullcontext():

@@ -24,11 +24,15 @@ class Saver:
         self._again: float | None = None
         self._session = job.record.manifest["sessions"][-1]
 
-    def is_due(self) -> bool:
-        """Whether a save failed and is to be tried again now; several processes see it at the next one."""
+    def has_failed(self) -> bool:
+        """Whether a save failed and is to be tried again; several processes see it at their next one."""
         if jax.process_count() == 1 and not self._job.checkpoints.is_saving:
             self._collect()
-        return self._again is not None and time.monotonic() >= self._again
+        return self._again is not None
+
+    def is_ready(self) -> bool:
+        """Whether the pause behind a save that failed is over."""
+        return self._again is None or jax.process_count() > 1 or time.monotonic() >= self._again
 
     def save(self, step: int, state: object, facts: dict, *, last: bool) -> None:
         """Begins to save; the last one is on disk when this returns.
@@ -50,12 +54,11 @@ class Saver:
     def _attempt(self, step: int, state: object, facts: dict, last: bool) -> bool:
         """Whether a save was begun, or with `last` is done."""
         try:
-            self._job.record.flush()
-            self._job.checkpoints.save(step, state, facts)
+            self._job.checkpoints.save(step, state, facts, self._job.record.flush)
             if last:
                 self._job.checkpoints.wait()
                 self._done()
-        except (SaveFailed, OSError) as error:
+        except SaveFailed as error:
             self._failed(error)
             return False
         return True
@@ -78,7 +81,7 @@ class Saver:
         self._failures, self._again = 0, None
         self._session["saves"]["longest_seconds"] = round(self._job.checkpoints.save_seconds, 4)
 
-    def _failed(self, error: SaveFailed | OSError) -> None:
+    def _failed(self, error: SaveFailed) -> None:
         if self._failures >= len(PAUSES):
             tried = self._failures + 1
             text = f"the checkpoint cannot be written ({error}), tried {tried} times; those before it are kept"

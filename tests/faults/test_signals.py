@@ -1,0 +1,175 @@
+"""SIGKILL at any moment; SIGTERM, and what schedulers send, in each phase; two starts; a folder that moves."""
+
+import dataclasses
+import json
+import pathlib
+import random
+import re
+import shutil
+import signal
+import time
+
+import pytest
+
+from euroflax.checkpoint import latest_step
+from tests.conftest import deterministic, small, start, write_experiment
+
+pytestmark = pytest.mark.faults
+
+
+def names(folder):
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except OSError:
+        return []
+
+
+def in_a_save(checkpoints):
+    return any("tmp" in name for name in names(checkpoints))
+
+
+def in_a_deletion(checkpoints):
+    return bool(names(checkpoints / "trash"))
+
+
+def without_manifest(checkpoints):
+    steps = {name for name in names(checkpoints) if name.isdigit()}
+    return bool(steps - {pathlib.Path(name).stem for name in names(checkpoints / "manifests")})
+
+
+def killed(case, moment, seed):
+    """Starts the command and kills it at a moment; returns whether it was still alive then."""
+    random.seed(seed)
+    metrics = case.run_dir / "metrics.jsonl"
+    size = metrics.stat().st_size if metrics.exists() else 0
+    process = case.start()
+    awaited = random.randrange(1, 8000) if moment is not None else None
+    deadline = time.monotonic() + (random.uniform(0.5, 12) if moment is None else 120)
+    while process.poll() is None and time.monotonic() < deadline:
+        moved = awaited is not None and metrics.exists() and abs(metrics.stat().st_size - size) > awaited
+        if moved and moment(case.checkpoints):
+            break
+        time.sleep(0.0005)
+    alive = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return alive
+
+
+def test_kills_change_nothing(case, tmp_path, fault, full):
+    kinds = [in_a_save, in_a_deletion, without_manifest, None, None]
+    rounds = 5 if full else 1
+    moments = kinds * 2 if full else [in_a_save, in_a_deletion, without_manifest, lambda _: True, in_a_save]
+    fault.expected(
+        f"SIGKILL at {rounds * len(moments)} moments: in saves, in deletions, before a manifest, at random",
+        "each start goes on from the last whole checkpoint; the run ends bitwise as if nothing had been",
+    )
+    kills = 0
+    for attempt in range(rounds):
+        mine = dataclasses.replace(case, folder=tmp_path / str(attempt))
+        for seed, moment in enumerate(moments):
+            kills += killed(mine, moment, seed + 100 * attempt)
+        mine.ends_as_undisturbed()
+    assert kills >= 0.6 * rounds * len(moments)
+    fault.happened(f"{kills} kills of a living process; each run ended bitwise as if nothing had been")
+
+
+def has_begun(case):
+    manifest = case.run_dir / "manifest.json"
+    return manifest.exists() and bool(json.loads(manifest.read_text())["sessions"])
+
+
+PHASES = {
+    "the untrained evaluation": lambda case: has_begun(case) and case.steps() == 0,
+    "compile": lambda case: case.steps() == 1,
+    "step": lambda case: case.steps() > 12,
+    "save": lambda case: case.steps() > 4 and in_a_save(case.checkpoints),
+    "evaluate": lambda case: case.steps() == 41,
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_sigterm_in_a_phase_ends_with_75_and_loses_nothing(cold, fault, phase):
+    fault.expected(f"SIGTERM in {phase}", "exit 75 in good order, what was learnt is saved; the same command goes on")
+    stopped = cold.signalled(lambda: PHASES[phase](cold))
+    assert stopped.returncode == 75 and "Traceback" not in stopped.stderr, stopped.stderr
+    assert re.search("stopped (by|in).*; the same command goes on", stopped.stderr)
+    trained = [line for line in cold.lines() if "loss" in line]
+    assert (latest_step(cold.checkpoints) or 0) == len(trained)
+    if phase == "evaluate":
+        assert cold.steps() == 41
+    if phase == "compile":
+        assert trained == []
+    said = stopped.stderr.strip()
+    fault.happened(f"exit 75: {said}; {cold.ends_as_undisturbed()}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2], ids=lambda number: number.name)
+def test_what_schedulers_and_keyboards_send_is_a_wish_to_stop(case, fault, number):
+    fault.expected(f"{number.name} in a step", "as SIGTERM")
+    stopped = case.stopped(20, number)
+    assert stopped.returncode == 75, stopped.stderr
+    said = rf"stopped by {number.name} after step \d+, which is saved; the same command .*\n"
+    assert re.fullmatch(said, stopped.stderr)
+    fault.happened(f"exit 75: {stopped.stderr.strip()}; {case.ends_as_undisturbed()}")
+
+
+def test_sigterm_in_preparation_leaves_nothing_half(tmp_path, fault):
+    fault.expected("SIGTERM in prepare", "exit 75, no store is half there, the same command goes on")
+    text = "".join(json.dumps({"id": str(i), "text": f"word {i} " * 300}) + "\n" for i in range(20_000))
+    (tmp_path / "big.jsonl").write_text(text)
+    declared = small()
+    changed = (dataclasses.replace(declared.data.sources[0], path="big.jsonl"), *declared.data.sources[1:])
+    declared = dataclasses.replace(declared, data=dataclasses.replace(declared.data, sources=changed))
+    path = write_experiment(tmp_path / "x.py", declared)
+    flags = ("--data-root", tmp_path, "--cache-dir", tmp_path / "cache", "--runs-dir", tmp_path / "runs")
+    process = start(path, *flags)
+    while process.poll() is None and not list((tmp_path / "cache").glob("stores/*.partial/ends")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and err.startswith("stopped by SIGTERM; the same command goes on"), err
+    assert not list((tmp_path / "cache").glob("stores/*.partial"))
+    fault.happened(f"exit 75: {err.strip()}; no partial store")
+
+
+def test_sigterm_in_the_report_leaves_the_page_whole_or_as_it_was(undisturbed, tmp_path, fault):
+    fault.expected("SIGTERM in report", "exit 75; the page is the one before, or whole")
+    case = dataclasses.replace(undisturbed, folder=tmp_path)
+    shutil.copytree(undisturbed.run_dir, case.run_dir)
+    lines = (case.run_dir / "metrics.jsonl").read_text().splitlines()
+    (case.run_dir / "metrics.jsonl").write_text("\n".join(lines * 3000) + "\n")
+    before = (case.run_dir / "report.html").read_bytes()
+    process = case.start("report")
+    time.sleep(2.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and err == "stopped by SIGTERM; the same command goes on\n", err
+    assert (case.run_dir / "report.html").read_bytes() == before
+    fault.happened(f"exit 75: {err.strip()}; the page is the one before")
+
+
+def test_two_starts_on_one_folder_and_the_lock_of_a_dead_process(case, fault):
+    fault.expected("two starts on one run folder", "the second is refused; the lock of a dead process is none")
+    first = case.start()
+    while case.steps() < 5 and first.poll() is None:
+        time.sleep(0.01)
+    second = case.run()
+    assert second.returncode == 2 and "is in use by another process" in second.stderr, second.stderr
+    first.kill()
+    first.communicate()
+    assert (case.run_dir / "lock").exists()
+    said = second.stderr.strip().replace(str(case.folder), "")
+    fault.happened(f"exit 2: {said}; behind SIGKILL {case.ends_as_undisturbed()}")
+
+
+def test_a_run_folder_may_move_between_two_starts(case, tmp_path, fault):
+    fault.expected("the run folder is moved between two starts", "with --runs-dir it goes on from where it is")
+    assert case.stopped(20).returncode == 75
+    (tmp_path / "elsewhere").mkdir()
+    (case.folder / "runs").rename(tmp_path / "elsewhere" / "runs")
+    moved = dataclasses.replace(case, folder=tmp_path / "elsewhere")
+    said = moved.ends_as_undisturbed()
+    assert not (tmp_path / "runs").exists() and deterministic(moved.run_dir) == case.undisturbed
+    fault.happened(f"it went on there; {said}")
