@@ -27,7 +27,7 @@ class Call:
 
 
 def _train(call: Call) -> None:
-    run = verbs.train(call.declared, call.folders, call.display, call.stop)
+    run = verbs.train(call.declared, call.folders, call.display, call.stop, call.options.track or ())
     call.display.close()
     call.display.evaluations(run.metrics)
     call.display.note(f"run folder  {run.path}")
@@ -70,7 +70,7 @@ def _prepare(call: Call) -> None:
     call.display.close()
     tokens = sum(store.num_tokens for _, store in prepared.train)
     call.display.note(f"prepared    {len(prepared.train)} sources, {tokens:,} tokens, in {call.folders.cache_dir}")
-    for line in verbs.about_rows(call.declared, prepared):
+    for line in tables.about_rows(call.declared, prepared):
         call.display.note(line)
 
 

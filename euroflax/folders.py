@@ -34,6 +34,10 @@ class Folders:
         """The folder of the run of this name."""
         return self.runs_dir / name
 
+    def find_run(self, name: str) -> pathlib.Path:
+        """A run by its name, or by its folder wherever it is."""
+        return self.run_dir(name) if self.run_dir(name).is_dir() else pathlib.Path(name)
+
 
 def make_folder(path: pathlib.Path, option: str) -> pathlib.Path:
     """Makes a folder that can be written to.

@@ -31,6 +31,7 @@ def train(
     data_root: Path | None = None,
     cache_dir: Path | None = None,
     devices: str | None = None,
+    track: Sequence[str] = (),
 ) -> Run:
     """Prepares what is missing, trains or goes on training, evaluates, writes the report; the verb `train`.
 
@@ -40,6 +41,7 @@ def train(
         data_root: where relative source paths start.
         cache_dir: where token stores and tokenizers are.
         devices: `cpu:8` simulates eight devices, where nothing has asked JAX for its devices yet.
+        track: what shows its metrics besides: `tensorboard`, `wandb`.
 
     Raises:
         ExperimentError: the experiment does not fit the data, the devices or the run folder.
@@ -49,7 +51,7 @@ def train(
     machine.set_up(experiment, devices, folders.cache_dir, Processes())
     display = ConsoleDisplay(Console())
     try:
-        run = verbs.train(experiment, folders, display)
+        run = verbs.train(experiment, folders, display, track=track)
     finally:
         display.close()
     report.write(run.path)

@@ -53,18 +53,8 @@ def write(run_dir: pathlib.Path) -> pathlib.Path:
 
 
 def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: dict | None) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("euroflax", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {
-        "number": number,
-        "name": _name,
-        "percent": _percent,
-        "seconds": _duration,
-        "joules": _joules,
-    }
     steps = [line for line in metrics if "loss" in line]
-    evaluations = _evaluations(metrics)
+    evaluations = evaluations_of(metrics)
     speeds = [(line["tokens"], line["tokens_per_second"]) for line in steps]
     figures = {
         "declared": declared,
@@ -86,15 +76,25 @@ def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: 
         "withdrawn": _withdrawn(manifest),
         "providers": _by(manifest, "provider"),
         "read_languages": _by(manifest, "language"),
-        "time": _time(manifest),
-        "energy": _energy(manifest),
+        "time": time_of(manifest),
+        "energy": energy_of(manifest),
         "samples": samples,
         "experiment": (json.dumps(dataclasses.asdict(declared), indent=2, ensure_ascii=False)),
     }
-    return environment.get_template("report.html.j2").render(figures)
+    return render("report.html.j2", figures)
 
 
-def _evaluations(metrics: list[dict]) -> list[dict]:
+def render(template: str, figures: dict) -> str:
+    """A page of the package, whose text is shown and never obeyed."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("euroflax", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"number": number, "name": _name, "percent": _percent}
+    environment.filters |= {"seconds": _duration, "joules": _joules}
+    return environment.get_template(template).render(figures)
+
+
+def evaluations_of(metrics: list[dict]) -> list[dict]:
     """Each evaluation with the tokens read before it and its figures by language."""
     tokens = {line["step"]: line["tokens"] for line in metrics if "loss" in line}
     return [
@@ -120,7 +120,7 @@ def _languages(declared: Experiment, steps: list[dict], evaluations: list[dict])
     codes = [*declared.language_codes]
     losses = {c: [(s["tokens"], s["loss_by_language"][c]) for s in steps if c in s["loss_by_language"]] for c in codes}
     bits = {c: [(e["tokens"], e["figures"][c]) for e in evaluations if c in e["figures"]] for c in codes}
-    loss_range, bits_range = (_range(y for points in all_.values() for _, y in points) for all_ in (losses, bits))
+    loss_range, bits_range = (range_of(y for points in all_.values() for _, y in points) for all_ in (losses, bits))
     right = max((line["tokens"] for line in (*steps, *evaluations)), default=0)
     found = [
         {
@@ -173,7 +173,7 @@ def _by(manifest: dict, field: str) -> list[dict]:
     return sorted(({"name": name, **amounts} for name, amounts in sums.items()), key=lambda row: -row["bytes"])
 
 
-def _energy(manifest: dict) -> dict:
+def energy_of(manifest: dict) -> dict:
     """Joules of all sessions, measured where each was, and as the plan estimates them where it can."""
     sessions = [session for session in manifest["sessions"] if session["steps"]]
     found = {}
@@ -183,7 +183,7 @@ def _energy(manifest: dict) -> dict:
     return found | {"boundaries": sorted({session.get("energy_boundary") or "not measured" for session in sessions})}
 
 
-def _time(manifest: dict) -> dict:
+def time_of(manifest: dict) -> dict:
     """Where the wall-clock of all sessions went, most first, and what saves took of it."""
     spent = goodput.totals(manifest["sessions"])
     whole = sum(spent.values())
@@ -225,7 +225,7 @@ def chart(
     if not [y for _, y in points if y is not None]:
         return None
     points = _thinned(points)
-    low, high = between or _range(y for _, y in points)
+    low, high = between or range_of(y for _, y in points)
     low = 0.0 if from_zero else low
     right = right or max(x for x, _ in points) or 1.0
     span = (high - low) or 1.0
@@ -269,7 +269,7 @@ def _thinned(points: Sequence[tuple[float, float | None]]) -> Sequence[tuple[flo
     return [*found, points[-1]]
 
 
-def _range(values: Iterable[float | None]) -> tuple[float, float]:
+def range_of(values: Iterable[float | None]) -> tuple[float, float]:
     """The least and the greatest value with a little room."""
     finite = [value for value in values if value is not None]
     if not finite:

@@ -31,7 +31,7 @@ VERBS = {
     "evaluate": "bits per byte of the latest checkpoint, by language",
     "generate": "continue --prompt TEXT by the latest checkpoint",
     "export": "write the latest checkpoint as a Hugging Face folder, hf in the run folder",
-    "report": "write report.html in the run folder: the run on one page",
+    "report": "write report.html in the run folder: the run on one page; with --compare beside others",
 }
 _ON_DEVICES = ("train", "evaluate", "generate")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -54,7 +54,9 @@ _ONLY_FOR = {
     "stop": ("generate",),
     "seed": ("generate",),
     "dtype": ("export",),
+    "compare": ("report",),
     "time_limit": ("train", "prepare", "evaluate", "generate"),
+    "track": ("train",),
     "hang_minutes": ("train", "evaluate", "generate"),
 }
 """Flags that mean nothing to other verbs."""
@@ -150,6 +152,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="end, with status 75, if nothing moves for so long (30); 0 never",
     )
+    parser.add_argument(
+        "--track", action="append", metavar="NAME", help="show metrics with tensorboard or wandb too; may be repeated"
+    )
     parser.add_argument("--json", action="store_true", default=None, help="one JSON document on standard output")
     _add_flags_of_verbs(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -173,6 +178,8 @@ def _add_flags_of_verbs(parser: argparse.ArgumentParser) -> None:
     showing.add_argument("--position", type=int, metavar="N", help="after N rows (where the run's record ends)")
     benching = parser.add_argument_group("bench")
     benching.add_argument("--rows", type=int, metavar="N", help="rows to read (20,000)")
+    reporting = parser.add_argument_group("report")
+    reporting.add_argument("--compare", nargs="+", metavar="RUN", help="other runs, by name or folder: comparison.html")
     exporting = parser.add_argument_group("export")
     exporting.add_argument("--dtype", metavar="TYPE", help="type of the tensors: float32 or bfloat16 (float32)")
 
@@ -226,10 +233,13 @@ def _dispatch(declared: Experiment, options: argparse.Namespace, stop: Stop) -> 
     given = {name: getattr(options, name) for name in ("data_root", "cache_dir", "runs_dir")}
     folders = Folders(**{name: path for name, path in given.items() if path is not None})
     if options.verb == "report":  # loads no JAX: it is wanted on login nodes too
-        from euroflax import report
+        from euroflax import comparison, report
 
+        run_dir = folders.run_dir(declared.name)
         with stop.at_once():
-            print(f"report      {report.write(folders.run_dir(declared.name))}")
+            print(f"report      {report.write(run_dir)}")
+            if options.compare:
+                print(f"comparison  {comparison.write(run_dir, [folders.find_run(name) for name in options.compare])}")
         return 0
     from euroflax import devices, processes
 

@@ -1,4 +1,4 @@
-"""Tables of messages, the mixture, the ledger and a row, for a terminal or as text."""
+"""Tables and lines of messages, the mixture, the ledger and a row, for a terminal or as text."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,9 @@ from rich.table import Table
 
 from euroflax.data.ledger import Entry, totals
 from euroflax.data.loader import PlacedRow
+from euroflax.data.packings import recipe
+from euroflax.data.prepare import Prepared
+from euroflax.experiment import Experiment
 from euroflax.languages import LANGUAGES
 from euroflax.planning import Plan, size
 
@@ -116,3 +119,45 @@ def row(placed: PlacedRow) -> list[str]:
         about = [f"tokens {first} to {last} of {length}", f"{document['bytes']} bytes", *known]
         lines += ["", f"segment {number}: document {document['id']}, {', '.join(about)}", text]
     return lines
+
+
+def about_rows(declared: Experiment, prepared: Prepared) -> list[str]:
+    """The rows of each length in a line each, with the share of padding, and what is withdrawn."""
+    lines = []
+    for length in dict.fromkeys(span.sequence_length for span in declared.spans):
+        packed = [
+            prepared.packings[source.name, recipe(declared, source, length, prepared.withdrawn)]
+            for source, _ in prepared.train
+        ]
+        rows, tokens = sum(p.num_rows for p in packed), sum(p.num_tokens for p in packed)
+        cut = sum(p.manifest["cut_tokens"] for p in packed)
+        more = f", {cut:,} tokens cut off long documents" if cut else ""
+        lines.append(
+            f"rows        {rows:,} of {length:,} tokens ({declared.data.packing}), "
+            f"{100 * (1 - tokens / (rows * length)):.2f}% padding{more}"
+        )
+    return lines + about_withdrawn(prepared)
+
+
+def about_withdrawn(prepared: Prepared) -> list[str]:
+    """What the block lists as they are now leave out, a line a source."""
+    lines = []
+    for name, ids in prepared.withdrawn.items():
+        unknown = prepared.unknown_ids[name]
+        shown = f" ({', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''})" if unknown else ""
+        lines.append(f"withdrawn   source {name}: {len(ids)} ids listed, {len(unknown)} of them unknown{shown}")
+    return lines
+
+
+def about_tokenizer(prepared: Prepared) -> str:
+    """The tokenizer in a line: how many bytes of text a token stands for, at best and at worst."""
+    cost: dict[str, list[int]] = {}
+    for source, store in prepared.train:
+        sizes = cost.setdefault(source.language, [0, 0])
+        sizes[0] += store.num_bytes
+        sizes[1] += store.num_tokens - 2 * store.num_documents
+    rates = sorted((size / max(count, 1), language) for language, (size, count) in cost.items())
+    return (
+        f"tokenizer   {prepared.tokenizer.vocab_size:,} entries over {len(rates)} languages, "
+        f"{rates[0][0]:.2f} ({rates[0][1]}) to {rates[-1][0]:.2f} ({rates[-1][1]}) bytes a token"
+    )

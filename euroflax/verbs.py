@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from euroflax import evaluation, generation, huggingface, planning, processes, sharding
+from euroflax import evaluation, generation, huggingface, planning, processes, sharding, tables
 from euroflax.checkpoint import SavedParams, latest_step, open_latest
 from euroflax.console import SilentDisplay, evaluations_as_html
 from euroflax.data import documents, withdrawals
@@ -16,7 +16,6 @@ from euroflax.data import prepare as preparation
 from euroflax.data import tokenizer as tokens
 from euroflax.data.ledger import Entry, ledger
 from euroflax.data.loader import PlacedRow, Rows
-from euroflax.data.packings import recipe
 from euroflax.data.prepare import Prepared
 from euroflax.data.store import NotPrepared
 from euroflax.data.tokenizer import Tokenizer
@@ -24,7 +23,7 @@ from euroflax.experiment import Experiment, ExperimentError, from_json
 from euroflax.folders import Folders, make_folder
 from euroflax.generation import Completion, Sampling
 from euroflax.huggingface.card import model_card
-from euroflax.training import loop
+from euroflax.training import loop, tracking
 from euroflax.training.clock import Clock
 from euroflax.training.record import read_json, read_manifest, read_metrics
 from euroflax.training.step import abstract_state
@@ -100,7 +99,7 @@ def check(declared: Experiment, folders: Folders) -> dict:
         prepared = None
     order = None if prepared is None else Rows(declared, prepared).order
     stages = planning.describe_stages(declared, order)
-    left_out = [] if prepared is None else about_withdrawn(prepared)
+    left_out = [] if prepared is None else tables.about_withdrawn(prepared)
     return {"name": declared.name, "sources": sources, "stages": stages, "withdrawn": left_out, "faults": []}
 
 
@@ -181,8 +180,16 @@ def train(
     folders: Folders,
     display: loop.Display | None = None,
     stop: Stop | None = None,
+    track: Sequence[str] = (),
 ) -> Run:
     """Prepares what is missing, trains or goes on training, and evaluates.
+
+    Args:
+        declared: the run.
+        folders: where its data is, and its folder.
+        display: what is told of it.
+        stop: a wish to stop.
+        track: what shows its metrics besides: `tensorboard`, `wandb`.
 
     Raises:
         ExperimentError: something in the experiment does not fit the data, the devices or the run folder.
@@ -191,6 +198,7 @@ def train(
     """
     display, stop = display or SilentDisplay(), stop or Stop()
     clock = Clock(stop.began)
+    tracking.check(track)
     sharding.make_mesh(declared)
     run_dir = folders.run_dir(declared.name)
     make_folder(run_dir, "run folder")
@@ -198,43 +206,15 @@ def train(
         huggingface.check_agreement(declared, folders.data_root)
     with clock.on("prepare"):
         prepared = prepare(declared, folders, display, stop)
-    display.note(_about_tokenizer(prepared))
-    for line in about_withdrawn(prepared):
+    display.note(tables.about_tokenizer(prepared))
+    for line in tables.about_withdrawn(prepared):
         display.note(line)
     for line in planning.plan_lines(planning.make_plan(declared, jax.device_count(), Rows(declared, prepared).order)):
         display.note(line)
     opens = functools.partial(huggingface.check_agreement, declared, folders.data_root, prepared.tokenizer)
     weights = None if declared.continue_from is None else opens
-    params = loop.train(declared, prepared, weights, run_dir, display, stop, clock)
+    params = loop.train(declared, prepared, weights, run_dir, display, stop, clock, track)
     return Run(run_dir, params, read_metrics(run_dir))
-
-
-def about_rows(declared: Experiment, prepared: Prepared) -> list[str]:
-    """The rows of each length in a line each, with the share of padding, and what is withdrawn."""
-    lines = []
-    for length in dict.fromkeys(span.sequence_length for span in declared.spans):
-        packed = [
-            prepared.packings[source.name, recipe(declared, source, length, prepared.withdrawn)]
-            for source, _ in prepared.train
-        ]
-        rows, tokens = sum(p.num_rows for p in packed), sum(p.num_tokens for p in packed)
-        cut = sum(p.manifest["cut_tokens"] for p in packed)
-        more = f", {cut:,} tokens cut off long documents" if cut else ""
-        lines.append(
-            f"rows        {rows:,} of {length:,} tokens ({declared.data.packing}), "
-            f"{100 * (1 - tokens / (rows * length)):.2f}% padding{more}"
-        )
-    return lines + about_withdrawn(prepared)
-
-
-def about_withdrawn(prepared: Prepared) -> list[str]:
-    """What the block lists as they are now leave out, a line a source."""
-    lines = []
-    for name, ids in prepared.withdrawn.items():
-        unknown = prepared.unknown_ids[name]
-        shown = f" ({', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''})" if unknown else ""
-        lines.append(f"withdrawn   source {name}: {len(ids)} ids listed, {len(unknown)} of them unknown{shown}")
-    return lines
 
 
 def show(declared: Experiment, folders: Folders, index: int) -> PlacedRow:
@@ -271,20 +251,6 @@ def show_ledger(declared: Experiment, folders: Folders, position: int | None = N
     skipped = [(start, stop) for start, stop in manifest.get("skipped_ranges", [])]
     entries = ledger(declared, Rows(declared, prepared).order, position, skipped)
     return Read(position, declared.total_rows, skipped, entries)
-
-
-def _about_tokenizer(prepared: Prepared) -> str:
-    """The tokenizer in a line: how many bytes of text a token stands for, at best and at worst."""
-    cost: dict[str, list[int]] = {}
-    for source, store in prepared.train:
-        sizes = cost.setdefault(source.language, [0, 0])
-        sizes[0] += store.num_bytes
-        sizes[1] += store.num_tokens - 2 * store.num_documents
-    rates = sorted((size / max(count, 1), language) for language, (size, count) in cost.items())
-    return (
-        f"tokenizer   {prepared.tokenizer.vocab_size:,} entries over {len(rates)} languages, "
-        f"{rates[0][0]:.2f} ({rates[0][1]}) to {rates[-1][0]:.2f} ({rates[-1][1]}) bytes a token"
-    )
 
 
 def evaluate(

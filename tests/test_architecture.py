@@ -27,6 +27,7 @@ RANKS = {
     "planning": 8,
     "tables": 9,
     "report": 8,
+    "comparison": 9,
     "verbs": 10,
     "bench": 10,
     "interface": 11,

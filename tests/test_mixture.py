@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from euroflax import report, verbs
+from euroflax import report, tables, verbs
 from euroflax.data import arrays, packings
 from euroflax.data.prepare import prepare
 from euroflax.experiment import ExperimentError, Interrupted, Mixture, Stage, load, override, validate
@@ -382,9 +382,9 @@ def test_a_list_may_begin_with_a_byte_order_mark(folders):
     sources = tuple(dataclasses.replace(source, block_list="ids") for source in small().data.sources)
     prepared = prepare(small(data__sources=sources), folders)
     assert prepared.withdrawn["sample-el"] == ("fire", "market") and prepared.unknown_ids["sample-el"] == []
-    assert verbs.about_rows(small(data__sources=sources), prepared)[0].startswith("rows        ")
-    rows = int(verbs.about_rows(small(data__sources=sources), prepared)[0].split()[1])
-    assert rows < int(verbs.about_rows(small(), prepare(small(), folders))[0].split()[1])
+    assert tables.about_rows(small(data__sources=sources), prepared)[0].startswith("rows        ")
+    rows = int(tables.about_rows(small(data__sources=sources), prepared)[0].split()[1])
+    assert rows < int(tables.about_rows(small(), prepare(small(), folders))[0].split()[1])
 
 
 def test_a_list_that_cannot_be_read_or_takes_all_is_refused(folders):

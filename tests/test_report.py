@@ -153,7 +153,7 @@ def test_figures_that_are_all_not_finite_are_shown_as_not_measured(copied):
 
 def test_an_evaluation_stands_at_the_tokens_read_before_it_whatever_the_batch_was():
     lines = [{"step": 10, "tokens": 500, "loss": 1.0}, {"step": 10, "eval": {}}, {"step": 0, "eval": {}}]
-    assert [entry["tokens"] for entry in report._evaluations(lines)] == [500, 0]
+    assert [entry["tokens"] for entry in report.evaluations_of(lines)] == [500, 0]
 
 
 def test_the_report_is_written_without_jax():

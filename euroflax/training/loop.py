@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -37,6 +38,7 @@ from euroflax.training.step import (
     skipped_ranges,
 )
 from euroflax.training.stop import Stop
+from euroflax.training.tracking import Tracking
 
 
 def train(
@@ -47,10 +49,12 @@ def train(
     display: Display,
     stop: Stop,
     clock: Clock,
+    track: Sequence[str] = (),
 ) -> dict:
     """Trains from the latest checkpoint, or from the beginning, to the end; returns the parameters.
 
-    The beginning is what `weights` opens where it is given, and random otherwise.
+    The beginning is what `weights` opens where it is given, and random otherwise. Metrics are shown by the trackers
+    `track` too.
 
     Raises:
         ExperimentError: the run folder, the mesh or the data does not fit the experiment.
@@ -64,7 +68,17 @@ def train(
         checkpoints = Checkpoints(run_dir / "checkpoints", declared.checkpoint, display.note)
         with contextlib.closing(checkpoints):
             job = Job(declared, prepared, weights, mesh, record, checkpoints, display, stop, clock, energy)
-            return _run(job).params
+            with contextlib.closing(_tracking(job, track)):
+                return _run(job).params
+
+
+def _tracking(job: Job, names: Sequence[str]) -> Tracking:
+    run_id = job.record.manifest.setdefault("tracking_id", secrets.token_hex(4))
+    tracking = Tracking(
+        names if jax.process_index() == 0 else (), job.declared, job.record.path, run_id, job.display.note
+    )
+    job.record.on_line = tracking.log
+    return tracking
 
 
 def check_facts(declared: Experiment, tokenizer: Tokenizer, path: pathlib.Path, facts: dict) -> None:

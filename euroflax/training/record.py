@@ -11,7 +11,7 @@ import pathlib
 import platform
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import IO
 
 from euroflax.data.fertility import tokenizer_figures
@@ -59,6 +59,8 @@ class Record:
         self.manifest = read_json(path / "manifest.json") or self.manifest
         self._metrics = path / "metrics.jsonl"
         self._unwritten = b""
+        self.on_line: Callable[[dict], None] = lambda line: None
+        """Told of each line of the metrics, in the process that writes."""
         self._evaluated: set[int] = set()
 
     def _take_lock(self) -> IO:
@@ -180,7 +182,9 @@ class Record:
         for value in values:
             if "eval" in value:
                 self._evaluated.add(value["step"])
-            self._unwritten += (json.dumps(_finite(value), ensure_ascii=False) + "\n").encode()
+            finite = _finite(value)
+            self._unwritten += (json.dumps(finite, ensure_ascii=False) + "\n").encode()
+            self.on_line(finite)
         try:
             self.flush()
         except OSError as error:
@@ -259,7 +263,7 @@ def read_json(file: pathlib.Path) -> dict | None:
 
 def differences(earlier: dict, later: dict, path: pathlib.Path) -> list[str]:
     """The faults of resuming a run as another experiment: each field that may not differ and does."""
-    before, after = dict(_leaves(earlier, "")), dict(_leaves(later, ""))
+    before, after = dict(leaves(earlier, "")), dict(leaves(later, ""))
     faults = []
     for field in sorted(before.keys() | after.keys()):
         old, new = before.get(field, "nothing"), after.get(field, "nothing")
@@ -273,13 +277,14 @@ def differences(earlier: dict, later: dict, path: pathlib.Path) -> list[str]:
     return faults if len(faults) <= _MAX_FAULTS else [*faults[:_MAX_FAULTS], f"{len(faults)} fields differ in all"]
 
 
-def _leaves(value: object, path: str) -> Iterable[tuple[str, object]]:
+def leaves(value: object, path: str) -> Iterable[tuple[str, object]]:
+    """The fields of an experiment as JSON, each with its path: `("model.num_layers", 2)`."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else key)
+            yield from leaves(item, f"{path}.{key}" if path else key)
     elif isinstance(value, list) and value:
         for index, item in enumerate(value):
-            yield from _leaves(item, f"{path}[{index}]")
+            yield from leaves(item, f"{path}[{index}]")
     else:
         yield path, value
 
@@ -323,9 +328,14 @@ def _lines(file: pathlib.Path) -> Iterable[tuple[bytes, dict]]:
             yield line, value
 
 
-def _finite(value: object) -> object:
+def _finite(value: dict) -> dict:
+    """The value with None for what is not finite."""
+    return {key: _finite_item(item) for key, item in value.items()}
+
+
+def _finite_item(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return _finite(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
