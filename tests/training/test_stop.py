@@ -1,0 +1,81 @@
+"""Wishes to stop, limits of time, and the signs of life that the watchdog looks for."""
+
+import time
+
+import pytest
+
+from euroflax.experiment import ExperimentError, Interrupted
+from euroflax.training.stop import Stop, slurm_limit, time_limit
+from euroflax.training.watchdog import Watchdog
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("23:50", 85_800), ("1-00:00", 86_400), ("2-01:02:03", 176_523), ("0:00:30", 30), ("120:00", 432_000)],
+)
+def test_a_limit_is_hours_and_minutes(text, seconds):
+    assert time_limit(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "5", "0:00", "0:60", "1:2", "-1:00", "1:00:99", "1h"])
+def test_what_is_no_limit_is_the_users_mistake(text):
+    with pytest.raises(ExperimentError, match=f"--time-limit={text} is no time; write HOURS:MINUTES, 23:50 say"):
+        time_limit(text)
+
+
+def test_slurm_says_when_it_ends_the_job():
+    assert slurm_limit({"SLURM_JOB_END_TIME": "1000"}, 400.5) == 599.5
+    assert slurm_limit({}, 400.0) is None and slurm_limit({"SLURM_JOB_END_TIME": "Unknown"}, 400.0) is None
+
+
+def test_a_limit_is_a_wish_to_stop_as_long_before_it_as_ending_takes():
+    stop = Stop()
+    stop.limit(100.0)
+    assert stop.reason is None
+    stop.reserve_seconds = 99.0
+    assert stop.reason == "the time limit"
+    stop.reserve_seconds = 0.0
+    assert stop.reason == "the time limit"  # a wish stays
+
+
+def test_a_signal_behind_the_limit_waits_for_the_save_and_the_second_does_not():
+    stop = Stop()
+    stop.limit(0.0)
+    assert stop.reason == "the time limit"
+    stop.request("SIGTERM")
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        stop.request("SIGTERM")
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """What the watchdog would have ended the process with."""
+    found = []
+    monkeypatch.setattr("euroflax.training.watchdog.end_at_once", lambda *given: found.append(given))
+    return found
+
+
+def wait(found, seconds):
+    deadline = time.monotonic() + seconds
+    while not found and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_questions_keep_the_watchdog_quiet_and_silence_does_not(ended, capfd):
+    stop = Stop()
+    watchdog = Watchdog(stop, 0.5)
+    for _ in range(20):
+        assert stop.reason is None and not ended
+        time.sleep(0.05)
+    wait(ended, 5)
+    assert ended[0][0].startswith("error: nothing has moved for 1 s (--hang-minutes)") and ended[0][1] == 75
+    assert "in wait" in capfd.readouterr().err
+    watchdog.close()
+
+
+def test_zero_minutes_never_end_a_process_and_a_closed_watchdog_sees_nothing(ended):
+    stop = Stop()
+    for watchdog in (Watchdog(stop, 0.0), Watchdog(stop, 0.3)):
+        watchdog.close()
+    wait(ended, 0.6)
+    assert ended == []
