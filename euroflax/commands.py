@@ -11,6 +11,7 @@ from euroflax.console import ConsoleDisplay, SilentDisplay
 from euroflax.experiment import Experiment
 from euroflax.folders import Folders
 from euroflax.generation import Sampling
+from euroflax.training.record import read_manifest
 from euroflax.training.stop import Stop
 
 
@@ -30,6 +31,8 @@ def _train(call: Call) -> None:
     run = verbs.train(call.declared, call.folders, call.display, call.stop, call.options.track or ())
     call.display.close()
     call.display.evaluations(run.metrics)
+    if call.options.process_id == 0:
+        call.display.note(report.time_line(read_manifest(run.path)))
     call.display.note(f"run folder  {run.path}")
     if call.options.process_id == 0:
         with call.stop.at_once():

@@ -201,6 +201,15 @@ def time_of(manifest: dict) -> dict:
     }
 
 
+def time_line(manifest: dict) -> str:
+    """Where the wall-clock of a run went, in a line."""
+    time = time_of(manifest)
+    saves = f"; each of {time['saves']} saves held them up for {time['each_save']:.2f} s" if time["saves"] else ""
+    share, count = _percent(time["goodput"]), len(manifest["sessions"])
+    sessions = f"{count} session{'' if count == 1 else 's'}"
+    return f"time        {_duration(time['whole'])} in {sessions}, {share} of it in steps that count{saves}"
+
+
 def chart(
     points: Sequence[tuple[float, float | None]],
     label: str,

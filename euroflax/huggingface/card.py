@@ -132,7 +132,8 @@ def _training(declared: Experiment, manifest: dict, step: int, position: int) ->
     hours = sum(sum(s.get("seconds", {}).values()) * s["devices"] for s in sessions) / 3600
     hardware = sorted({f"{session['devices']} x {session['device_kind']}" for session in sessions})
     energy = [session["energy_joules"] for session in sessions]
-    joules = "not measured" if None in energy else f"{sum(energy):,.0f} J"
+    boundaries = sorted({session["energy_boundary"] for session in sessions if session["energy_boundary"]})
+    joules = "not measured" if None in energy else f"{sum(energy):,.0f} J, {'; '.join(boundaries)}"
     lines = [
         f"- {step:,} steps, the last of {_batch_tokens(declared, position):,} tokens; {schedule.kind} schedule, "
         f"peak rate {schedule.peak_learning_rate:g}, AdamW ({declared.training.adam_beta1:g}, "

@@ -8,6 +8,7 @@ import jax
 from euroflax.checkpoint import SaveFailed
 from euroflax.experiment import Interrupted, RunFailed
 from euroflax.folders import is_full
+from euroflax.processes import agree
 from euroflax.training.job import Job
 
 PAUSES = (5.0, 10.0, 20.0, 40.0)
@@ -31,8 +32,8 @@ class Saver:
         return self._again is not None
 
     def is_ready(self) -> bool:
-        """Whether the pause behind a save that failed is over."""
-        return self._again is None or jax.process_count() > 1 or time.monotonic() >= self._again
+        """Whether the pause behind a save that failed is over, in the same step for all processes."""
+        return self._again is None or agree(time.monotonic() >= self._again)
 
     def save(self, step: int, state: object, facts: dict, *, last: bool) -> None:
         """Begins to save; the last one is on disk when this returns.

@@ -1,0 +1,52 @@
+"""Faults that befall a job of several processes."""
+
+import dataclasses
+import re
+import time
+
+import pytest
+
+from euroflax.checkpoint import latest_step, verify
+from euroflax.experiment import Guard
+from euroflax.training.record import read_manifest
+from tests.conftest import small, write_experiment
+from tests.faults.test_storage import disk, fill  # noqa: F401
+from tests.test_processes import ended, job
+
+pytestmark = pytest.mark.faults
+
+
+def test_two_processes_go_back_as_one_does(case, tmp_path, fault):
+    fault.expected("too many steps are refused in a job of two processes", "both go back, as one process does")
+    guard = Guard(deviations=1.5, window_steps=8, max_skipped=3, max_returns=2)
+    declared = small(training__tokens=60 * 512, training__guard=guard, checkpoint__every_steps=4)
+    path = write_experiment(tmp_path / "x.py", declared)
+    mine = dataclasses.replace(case, path=path, folder=tmp_path / "alone")
+    alone = mine.run()
+    expected = read_manifest(mine.run_dir)["skipped_ranges"]
+    assert expected and "goes back to step" in alone.stdout, alone.stdout
+    folder = tmp_path / "two"
+    statuses, outputs = ended(job(path, folder, case.cache, 2, 1))
+    assert statuses == [alone.returncode] * 2, outputs
+    assert read_manifest(folder / "runs" / "x")["skipped_ranges"] == expected
+    assert "goes back to step" in outputs[0][0] and "goes back" not in outputs[1][0]
+    fault.happened(f"both skip rows {expected} and end with {alone.returncode}, as one does")
+
+
+def test_a_disk_that_is_full_for_two_processes_costs_nothing(case, disk, fault):  # noqa: F811
+    fault.expected("the disk of two processes fills, and has room again", "said, tried again, the run ends well")
+    declared = small(training__tokens=300 * 512, checkpoint__every_steps=20, evaluation__every_steps=300)
+    mine = dataclasses.replace(case, path=write_experiment(case.folder / "x.py", declared), folder=disk)
+    processes = job(mine.path, disk, case.cache, 2, 1)
+    while processes[0].poll() is None and latest_step(mine.checkpoints) is None:
+        time.sleep(0.01)
+    fill(disk)
+    began = mine.steps()
+    time.sleep(4)
+    (disk / "filler").unlink()
+    statuses, outputs = ended(processes)
+    assert statuses == [0, 0], outputs
+    said = re.search(r"a checkpoint could not be written \(No space left on device\)[^;]*", outputs[0][0])
+    assert said and latest_step(mine.checkpoints) == 300 and verify(mine.checkpoints, 300) is None
+    assert mine.steps() == 302 > began
+    fault.happened(f"{said[0]}; then exit 0 in both, checkpoint 300 whole")
