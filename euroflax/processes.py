@@ -25,7 +25,7 @@ from euroflax.experiment import ExperimentError, Interrupted
 JOIN_SECONDS = 60
 TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 _HOST_BYTES = 64
-_SAID_BYTES = 512
+_SAID_BYTES = 1024
 _SLURM = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST")
 _COORDINATOR = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS")
 _PORT = ("JAX_COORDINATOR_PORT", "COORDINATOR_PORT")
@@ -310,7 +310,7 @@ def gather_json(value: object) -> list:
         return [value]
     from jax.experimental import multihost_utils
 
-    said = json.dumps(value).encode()
+    said = json.dumps(value, ensure_ascii=False).encode()
     assert len(said) <= _SAID_BYTES
     padded = np.frombuffer(said.ljust(_SAID_BYTES), np.uint8)
     return [json.loads(bytes(row)) for row in np.asarray(multihost_utils.process_allgather(padded), np.uint8)]

@@ -213,10 +213,11 @@ def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState, steps:
     loader = batches(declared, rows, position, mine)
     saved, due = step, False
 
-    def save(*, wait: bool) -> None:
+    def save(*, wait: bool) -> bool:
         _note_read(job, rows, position)
-        saver.save(step, state, _facts(job, rows, step, position), last=wait)
+        begun = saver.save(step, state, _facts(job, rows, step, position), last=wait)
         _note_session(job, position, _readings(job))
+        return begun
 
     while position < declared.total_rows:
         span = declared.span_at(position)
@@ -248,8 +249,8 @@ def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState, steps:
         # Behind a step that was not applied the state may be ruined: a save waits, and pushes no good one out.
         saves = last or ((stopping or wanted) and not meter.skipped)
         if saves:
-            saved, due = step, False
-            save(wait=last or stopping)
+            due = False
+            saved = step if save(wait=last or stopping) else saved
         if stopping:
             saver.finish()
             raise Interrupted(_stopped(job, step, saves))

@@ -35,8 +35,8 @@ class Saver:
         """Whether the pause behind a save that failed is over, in the same step for all processes."""
         return self._again is None or agree(time.monotonic() >= self._again)
 
-    def save(self, step: int, state: object, facts: dict, *, last: bool) -> None:
-        """Begins to save; the last one is on disk when this returns.
+    def save(self, step: int, state: object, facts: dict, *, last: bool) -> bool:
+        """Begins to save, and returns whether it could; the last one is on disk when this returns.
 
         Raises:
             Interrupted: the disk is full and stays so.
@@ -46,11 +46,12 @@ class Saver:
         with self._job.clock.on("save"):
             self._collect()
             self._again = None
-            while not self._attempt(step, state, facts, last) and last:
+            while not (begun := self._attempt(step, state, facts, last)) and last:
                 time.sleep(PAUSES[self._failures - 1])
         saves = self._session["saves"]
-        saves["count"] += 1
+        saves["count"] += begun
         saves["blocking_seconds"] = round(saves["blocking_seconds"] + time.monotonic() - began, 4)
+        return begun
 
     def _attempt(self, step: int, state: object, facts: dict, last: bool) -> bool:
         """Whether a save was begun, or with `last` is done."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from euroflax import report, verbs
-from euroflax.checkpoint import listed_steps
+from euroflax.checkpoint import Checkpoints, listed_steps
 from euroflax.data.loader import Rows, empty_batch
 from euroflax.experiment import Guard, Interrupted, RunFailed
 from euroflax.training import guard as guards
@@ -159,6 +159,21 @@ def test_a_run_goes_back_before_a_bad_stretch_and_on_without_its_rows(folders, h
     assert jax.tree.all(jax.tree.map(jnp.array_equal, run.params, again.params))
     page = report.write(run.path).read_text()
     assert "16 to 31" in page and "went back" in page
+
+
+def test_the_state_is_gone_from_memory_before_another_one_is_read(folders, harmful, monkeypatch):
+    harmful.update({17, 26})
+    genuine, alive = Checkpoints.restore, []
+
+    def restore(self, abstract, check):
+        shape = abstract.params["embedding_VD"].shape
+        alive.append(sum(leaf.shape == shape for leaf in jax.live_arrays()) - before)
+        return genuine(self, abstract, check)
+
+    monkeypatch.setattr(Checkpoints, "restore", restore)
+    before = sum(leaf.shape == (512, 32) for leaf in jax.live_arrays())
+    verbs.train(small(**RETURNS), folders)
+    assert alive == [0]
 
 
 @pytest.mark.parametrize("stop_at", [3, 4])
