@@ -20,8 +20,9 @@ STAGES = (
 )
 
 EMIT = """
-import json, pathlib, sys
+import json, os, pathlib, sys, time
 import jax, numpy as np
+from jax.experimental import multihost_utils
 from euroflax import devices, sharding
 from euroflax.data.loader import Rows, batches
 from euroflax.data.prepare import open_prepared
@@ -53,6 +54,10 @@ if __name__ == "__main__":
             break
     if int(number) == 0:
         np.savez(out, *[row[key] for row in kept for key in sorted(row)])
+    if int(count) > 1:  # JAX aborts a process whose coordinator, process 0, ends before it
+        multihost_utils.sync_global_devices("end")
+        time.sleep(2 if int(number) == 0 else 0)
+    os._exit(0)
 """
 
 
