@@ -92,14 +92,16 @@ class Checkpoints:
         (self._path / _MANIFESTS).mkdir(exist_ok=True)
         latest = _latest_good(self._path, self._note)
         for entry in self._path.iterdir():
-            unfinished = entry.is_dir() and "orbax-checkpoint-tmp" in entry.name
-            if unfinished or (entry.name.isdigit() and (latest is None or int(entry.name) > latest)):
+            if entry.name.isdigit() and (latest is None or int(entry.name) > latest):
                 was_whole = (self._path / _MANIFESTS / f"{entry.name}.json").is_file()
                 _put_aside(self._path, entry, _HARMED if was_whole else _TRASH)
         self._empty_trash()
         return latest
 
     def _empty_trash(self) -> None:
+        """Throws away what is unfinished, too: no save is under way here."""
+        for entry in self._path.glob("*orbax-checkpoint-tmp*"):
+            _put_aside(self._path, entry, _TRASH)
         shutil.rmtree(self._path / _TRASH, ignore_errors=True)
         steps = set(listed_steps(self._path))
         for manifest in (self._path / _MANIFESTS).glob("*.json"):
@@ -182,12 +184,11 @@ class Checkpoints:
         return self.latest is not None
 
     def _reopen(self, unwanted: Callable[[int], bool]) -> None:
-        """Throws away what is unfinished, and unwanted steps, behind Orbax's back."""
+        """Throws away unwanted steps, and what is unfinished, behind Orbax's back."""
         self._close_manager()
         if jax.process_index() == 0:
-            for entry in self._path.iterdir():
-                if "orbax-checkpoint-tmp" in entry.name or (entry.name.isdigit() and unwanted(int(entry.name))):
-                    _put_aside(self._path, entry, _TRASH)
+            for step in filter(unwanted, listed_steps(self._path)):
+                _put_aside(self._path, self._path / str(step), _TRASH)
             self._empty_trash()
         _agreed(0)
         self._manager = self._open_manager()

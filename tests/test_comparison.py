@@ -47,6 +47,17 @@ def test_a_mean_is_over_the_languages_that_all_runs_have(trained, runs):
     assert re.search(r"<strong>1\.250</strong>", path.read_text())
 
 
+def test_a_mean_with_a_figure_that_is_not_finite_is_not_measured(trained, runs):
+    lines = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "eval" in line:
+            line["eval"] = {"bits_per_byte.en": 1.25, "bits_per_byte.mt": None, "bits_per_byte.mean": None}
+    (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = trained[2].bits_per_byte
+    mean = (figures["en"] + figures["mt"]) / 2
+    assert f"mean {mean:.3f} not measured" in page(comparison.write(runs[0], runs[1:])).text
+
+
 def test_a_run_that_has_just_begun_is_compared_too(runs):
     (runs[1] / "metrics.jsonl").unlink()
     found = page(comparison.write(runs[0], runs[1:]))

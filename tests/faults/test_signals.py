@@ -133,15 +133,21 @@ def test_sigterm_in_preparation_leaves_nothing_half(tmp_path, fault):
     fault.happened(f"exit 75: {err.strip()}; no partial store")
 
 
-def test_sigterm_in_the_report_leaves_the_page_whole_or_as_it_was(undisturbed, tmp_path, fault):
-    fault.expected("SIGTERM in report", "exit 75; the page is the one before, or whole")
+@pytest.mark.parametrize("verb", ["report", "train"])
+def test_sigterm_in_the_report_leaves_the_page_whole_or_as_it_was(undisturbed, tmp_path, fault, verb):
+    where = "report" if verb == "report" else "the report behind a run"
+    fault.expected(f"SIGTERM in {where}", "exit 75; the page is the one before, or whole")
     case = dataclasses.replace(undisturbed, folder=tmp_path)
     shutil.copytree(undisturbed.run_dir, case.run_dir)
     lines = (case.run_dir / "metrics.jsonl").read_text().splitlines()
-    (case.run_dir / "metrics.jsonl").write_text("\n".join(lines * 3000) + "\n")
+    (case.run_dir / "metrics.jsonl").write_text("\n".join(lines * 2000) + "\n")
     before = (case.run_dir / "report.html").read_bytes()
-    process = case.start("report")
-    time.sleep(2.5)
+    process = case.start(verb)
+    if verb == "report":
+        time.sleep(2)
+    else:
+        while "run folder" not in (line := process.stdout.readline()):
+            assert line
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)

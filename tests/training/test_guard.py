@@ -176,39 +176,49 @@ def test_the_state_is_gone_from_memory_before_another_one_is_read(folders, harmf
     assert alive == [0]
 
 
-@pytest.mark.parametrize("stop_at", [3, 4])
-def test_a_run_that_has_gone_back_is_resumed_to_the_same_bits(folders, harmful, stop_at):
-    harmful.update({17, 26})
-    whole = verbs.train(small(name="whole", **RETURNS), folders)
+class StopOnce(verbs.SilentDisplay):
+    """Stops behind a step, once the run has gone back."""
+
+    def __init__(self, stop, at):
+        self.stop, self.at, self.back = stop, at, False
+
+    def note(self, text):
+        self.back = self.back or "goes back" in text
+
+    def step(self, metrics, total):
+        if self.back and metrics["step"] == self.at:
+            self.stop.request("a test")
+
+
+AHEAD = {**RETURNS, "checkpoint__every_steps": 4, "training__tokens": 12 * 8 * 64}
+"""Steps 7 and 8 are bad: the run goes back to step 4, and rows 48 to 63 lie ahead of it."""
+
+
+def test_rows_that_lie_ahead_of_the_checkpoint_are_skipped_when_the_run_comes_to_them(folders, harmful):
+    harmful.update({50, 60})
+    run = verbs.train(small(**AHEAD), folders)
+    assert read_rows(run.metrics)[3:] == [(4, 32), (5, 40), (6, 48), (7, 72), (8, 80), (9, 88), (10, 96)]
+    manifest = read_manifest(run.path)
+    assert manifest["skipped_ranges"] == [[48, 64]]
+    assert sum(entry["rows"] for entry in manifest["ledger"]["entries"] if entry["rows"]) == 80
+    rates = [line["learning_rate"] for line in run.metrics if "loss" in line]
+    harmful.clear()
+    plain = verbs.train(small(name="plain", **AHEAD), folders)
+    by_tokens = {line["tokens"]: line["learning_rate"] for line in plain.metrics if "loss" in line}
+    assert rates == [by_tokens[line["tokens"]] for line in run.metrics if "loss" in line]
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(8, [(6, 48), (7, 72)]), (24, [(6, 48), (7, 88), (8, 96)])])
+def test_a_resume_before_the_rows_that_are_skipped_ends_its_batch_at_them(folders, harmful, batch, steps):
+    harmful.update({50, 60})
     stop = Stop()
-
-    class StopOnce(Notes):
-        def step(self, metrics, total):
-            if any("goes back" in note for note in self.notes) and metrics["step"] == stop_at:
-                stop.request("a test")
-
     with pytest.raises(Interrupted):
-        verbs.train(small(name="cut", **RETURNS), folders, StopOnce(), stop)
-    cut = verbs.train(small(name="cut", **RETURNS), folders)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, whole.params, cut.params))
-    assert read_rows(cut.metrics) == read_rows(whole.metrics)
-    assert read_manifest(cut.path)["skipped_ranges"] == [[16, 32]]
-
-
-def test_another_batch_after_a_return_is_cut_short_at_the_rows_that_are_skipped(folders, harmful):
-    harmful.update({17, 26})
-    declared = small(**RETURNS, training__tokens=8 * 8 * 64)
-    stop = Stop()
-
-    class StopOnce(Notes):
-        def step(self, metrics, total):
-            if metrics["step"] == 2:
-                stop.request("a test")
-
-    with pytest.raises(Interrupted):
-        verbs.train(declared, folders, StopOnce(), stop)
-    run = verbs.train(small(**RETURNS, training__tokens=8 * 8 * 64, training__batch_tokens=24 * 64), folders)
-    assert read_rows(run.metrics) == [(1, 8), (2, 16), (3, 40), (4, 64)]
+        verbs.train(small(**AHEAD), folders, StopOnce(stop, 5), stop)
+    run = verbs.train(small(**AHEAD, training__batch_tokens=batch * 64), folders)
+    assert read_rows(run.metrics)[5 : 5 + len(steps)] == steps and read_rows(run.metrics)[-1][1] == 96
+    if batch == 8:
+        whole = verbs.train(small(name="whole", **AHEAD), folders)
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, whole.params, run.params))
 
 
 def test_a_run_that_has_gone_back_as_often_as_declared_fails_and_says_so(folders, harmful):

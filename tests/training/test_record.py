@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import errno
 import json
 
 import pytest
@@ -40,6 +41,23 @@ def cut_back(tmp_path, record):
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2]
     assert read_metrics(tmp_path)[1]["loss"] == 1 / 3
     assert record.evaluated(0) and not record.evaluated(2)
+
+
+def test_lines_that_a_full_disk_refuses_are_held_back_and_written_once(tmp_path, monkeypatch):
+    with opened(tmp_path) as record:
+        record.append([{"step": 1, "loss": 1.0}])
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+            record.append([{"step": 2, "loss": 2.0}])
+            assert record.holds_back and [line["step"] for line in read_metrics(tmp_path)] == [1]
+            with pytest.raises(OSError, match="full"):
+                record.flush()
+        record.append([{"step": 3, "loss": 3.0}])
+        assert not record.holds_back and [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", lambda file: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+            with pytest.raises(OSError, match="broken"):
+                record.append([{"step": 4, "loss": 4.0}])
 
 
 def test_what_is_not_finite_is_null(tmp_path):

@@ -1,6 +1,7 @@
 """Metrics shown elsewhere: the same figures, and no failure there stops or holds up a run."""
 
 import threading
+import time
 
 import pytest
 
@@ -26,7 +27,7 @@ def tracker(monkeypatch):
     """Stands for TensorBoard; what `fails` names raises, what `hangs` names never returns."""
 
     class Fake:
-        written, fails, hangs, closed = [], None, None, False
+        written, fails, hangs, closed, slow = [], None, None, False, 0.0
 
         def __init__(self, *given):
             self.befall("open")
@@ -39,6 +40,7 @@ def tracker(monkeypatch):
 
         def write(self, step, found):
             self.befall("write")
+            time.sleep(Fake.slow)
             Fake.written.append((step, found))
 
         def close(self):
@@ -59,6 +61,12 @@ def test_a_tracker_gets_the_figures_of_the_metrics(folders, tracker):
     assert found["loss"] == run.metrics[1]["loss"] and "loss_by_language/mt" in found and "mfu" not in found
     assert tracker.written[0][1]["bits_per_byte/mean"] == run.metrics[0]["eval"]["bits_per_byte.mean"]
     assert all(isinstance(value, float | int) for _, found in tracker.written for value in found.values())
+
+
+def test_a_slow_tracker_has_all_lines_when_the_run_ends(folders, tracker):
+    tracker.slow = 0.1
+    run = verbs.train(small(), folders, track=("tensorboard",))
+    assert tracker.closed and len(tracker.written) == len(run.metrics)
 
 
 @pytest.mark.parametrize("where", ["open", "write", "close"])
