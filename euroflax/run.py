@@ -37,7 +37,7 @@ _ON_DEVICES = ("train", "evaluate", "generate")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """Schedulers send the last two some minutes before they end a job."""
 _HANG_MINUTES = 30.0
-_LEAST_SLURM_SECONDS = 60.0
+_LEAST_SLURM_SECONDS = 20.0
 """A limit of Slurm's that is nearer than this when the command begins is that of a wrong clock."""
 _ONLY_FOR = {
     "json": ("check", "plan", "evaluate", "generate", "show", "bench"),

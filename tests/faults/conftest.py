@@ -13,7 +13,7 @@ import pytest
 from euroflax.training.record import read_metrics
 from tests.conftest import deterministic, run, small, start, write_experiment
 
-STEPS = 120
+STEPS = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Case:
 def undisturbed(tmp_path_factory):
     """The experiment, its cache, and the metrics of a run that nothing disturbs."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    declared = small(training__tokens=STEPS * 512, evaluation__every_steps=40)
+    declared = small(training__tokens=STEPS * 512, evaluation__every_steps=20)
     case = Case(write_experiment(folder / "x.py", declared), folder / "cache", [], folder)
     done = case.run()
     assert done.returncode == 0 and done.stderr == "", done.stderr

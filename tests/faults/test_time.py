@@ -94,7 +94,7 @@ def test_a_process_that_hangs_shows_its_stacks_and_ends(case, fault):
 @pytest.mark.parametrize("whose", ["--time-limit", "Slurm"])
 def test_a_time_limit_saves_and_ends_in_time(case, fault, whose):
     fault.expected(f"the time limit of {whose}", "the state is saved and exit 75 comes before it")
-    limit = 75 if whose == "Slurm" else 25
+    limit = 30 if whose == "Slurm" else 25
     long = ("--set", f"training.tokens={100_000 * 512}")
     flags = (*long, "--time-limit", "0:00:25") if whose != "Slurm" else long
     began = time.monotonic()
