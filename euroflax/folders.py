@@ -59,11 +59,15 @@ def replace_file(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a file whole or not at all: into a neighbour, to the disk, then by rename."""
     data = content.encode() if isinstance(content, str) else content
     neighbour = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(neighbour, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    neighbour.replace(path)
+    try:
+        with open(neighbour, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        neighbour.replace(path)
+    except OSError:
+        neighbour.unlink(missing_ok=True)
+        raise
 
 
 def replace_json(path: pathlib.Path, value: object) -> None:

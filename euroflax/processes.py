@@ -18,9 +18,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from euroflax.experiment import ExperimentError, Interrupted
+
+if TYPE_CHECKING:
+    import numpy as np
 
 JOIN_SECONDS = 60
 TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
@@ -299,6 +302,21 @@ def agree(wish: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(np.any(multihost_utils.process_allgather(np.array(wish))))
+
+
+def from_first(numbers: "np.ndarray") -> "np.ndarray":
+    """Numbers below 2^32 that process 0 says, in every process of the job; all give an array of its shape."""
+    import jax
+    import numpy as np
+
+    if jax.process_count() == 1:
+        return numbers
+    from jax.experimental import multihost_utils
+
+    said = np.asarray(
+        multihost_utils.broadcast_one_to_all(numbers.astype(np.int64).reshape(-1).view(np.int32)), np.int32
+    )
+    return said.view(np.int64).reshape(numbers.shape)
 
 
 def gather_json(value: object) -> list:

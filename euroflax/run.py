@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from euroflax.experiment import Experiment, ExperimentError, Interrupted, RunFailed, load, to_json
 from euroflax.folders import Folders, is_full
-from euroflax.processes import Processes
+from euroflax.processes import Processes, end_at_once
 from euroflax.training.stop import Stop, slurm_limit, time_limit
 from euroflax.training.watchdog import Watchdog
 
@@ -179,7 +179,9 @@ def _add_flags_of_verbs(parser: argparse.ArgumentParser) -> None:
     benching = parser.add_argument_group("bench")
     benching.add_argument("--rows", type=int, metavar="N", help="rows to read (20,000)")
     reporting = parser.add_argument_group("report")
-    reporting.add_argument("--compare", nargs="+", metavar="RUN", help="other runs, by name or folder: comparison.html")
+    reporting.add_argument(
+        "--compare", action="extend", nargs="+", metavar="RUN", help="other runs, by name or folder: comparison.html"
+    )
     exporting = parser.add_argument_group("export")
     exporting.add_argument("--dtype", metavar="TYPE", help="type of the tensors: float32 or bfloat16 (float32)")
 
@@ -202,10 +204,15 @@ def _check_flags(options: argparse.Namespace) -> None:
 
 
 def _listen(stop: Stop) -> None:
-    """From here on signals end the command in good order, with status 75."""
+    """From here on signals end the command in good order, with status 75; a second SIGINT at once."""
+    interrupted: list[int] = []
 
     def on_signal(number: int, _: FrameType | None) -> None:
         stop.request(signal.Signals(number).name)
+        if number == signal.SIGINT:  # a scheduler may say a thing twice; a person who does means now
+            if interrupted:
+                end_at_once("stopped by the second SIGINT; the same command goes on", Interrupted.exit_status)
+            interrupted.append(number)
 
     for number in _SIGNALS:
         signal.signal(number, on_signal)
@@ -296,4 +303,7 @@ def _run_verb(declared: Experiment, options: argparse.Namespace, folders: Folder
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    for ended in _SIGNALS:  # whoever asks again shall have the status of the first time
+        signal.signal(ended, signal.SIG_IGN)
+    sys.exit(status)

@@ -15,8 +15,8 @@ from euroflax.processes import Processes, end_at_once
 
 _BEAT_SECONDS = 5
 _SILENT_SECONDS = 30
-_GRACE_SECONDS = 10
-_VERDICT_SECONDS = 5
+_GRACE_SECONDS = 4
+_VERDICT_SECONDS = 8
 _TOKEN_BYTES = 16
 _HOST_BYTES = 256
 

@@ -15,7 +15,7 @@ from euroflax.checkpoint import (
     open_latest,
     verify,
 )
-from euroflax.experiment import Checkpoint, Interrupted
+from euroflax.experiment import Checkpoint, ExperimentError, Interrupted
 from euroflax.training.step import abstract_state, init_state
 from tests.conftest import assert_trees_close, small
 
@@ -150,12 +150,75 @@ def test_reading_the_latest_changes_nothing_that_a_running_job_may_own(copied):
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
 
 
-def test_nothing_good_is_nothing(copied):
-    flip(copied[0] / "1")
+def test_a_first_save_that_was_not_finished_is_nothing(copied):
+    shutil.rmtree(copied[0] / "1")
     forget(copied[0] / "2")
     checkpoints, notes = opened(copied[0])
-    assert checkpoints.latest is None and len(notes) == 2 and listed_steps(copied[0]) == []
+    assert checkpoints.latest is None and len(notes) == 1 and listed_steps(copied[0]) == []
     checkpoints.close()
+
+
+def harm_all(path):
+    for step in (1, 2):
+        flip(path / str(step))
+
+
+@pytest.mark.parametrize("harm", [harm_all, lambda path: shutil.rmtree(path / "manifests")], ids=["flip", "forget"])
+def test_checkpoints_of_which_none_is_whole_are_refused_and_stay(copied, harm):
+    harm(copied[0])
+    with pytest.raises(
+        ExperimentError, match=r"none of its checkpoints \(1, 2\) is whole; restore one, or move .*anew"
+    ):
+        opened(copied[0])
+    assert listed_steps(copied[0]) == [1, 2]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "{"])
+def test_a_manifest_that_is_harmed_vouches_for_nothing(copied, content):
+    (copied[0] / "manifests" / "2.json").write_text(content)
+    (copied[0] / "manifests" / "1 (copy).json").write_text("{}")
+    checkpoints, notes = opened(copied[0])
+    assert checkpoints.latest == 1 and notes == ["checkpoint 2 is passed over: its manifest is harmed"]
+    checkpoints.close()
+
+
+@pytest.fixture
+def three(saved, tmp_path):
+    """Checkpoints 1 to 3, each of as many rows as its number."""
+    state = jax.device_put(saved[1])
+    checkpoints, notes = opened(tmp_path / "checkpoints", Checkpoint(keep_last=3))
+    for step in (1, 2, 3):
+        checkpoints.save(step, state, {"step": step, "position": step})
+    checkpoints.wait()
+    yield checkpoints, notes, tmp_path / "checkpoints", state
+    checkpoints.close()
+
+
+def test_going_back_throws_later_ones_away_and_saves_go_on(three):
+    checkpoints, notes, path, state = three
+    assert checkpoints.go_back(2) and checkpoints.latest == 2 and listed_steps(path) == [1, 2] and notes == []
+    checkpoints.save(3, state, {"step": 3, "position": 30})
+    checkpoints.wait()
+    assert verify(path, 3) is None and not (path / "harmed").exists()
+
+
+def test_going_back_to_before_the_first_one_changes_nothing(three):
+    checkpoints, _, path, state = three
+    assert not checkpoints.go_back(0) and listed_steps(path) == [1, 2, 3] and checkpoints.kept == "checkpoint 3 is kept"
+    checkpoints.save(4, state, {"step": 4, "position": 4})
+    checkpoints.wait()
+    assert verify(path, 4) is None
+
+
+@pytest.mark.parametrize("harm", [flip, lambda folder: (folder / "facts" / "metadata").write_text("{")])
+def test_going_back_passes_a_harmed_one_over_and_puts_it_aside(three, harm):
+    checkpoints, notes, path, state = three
+    harm(path / "2")
+    assert checkpoints.go_back(2) and checkpoints.latest == 1 and listed_steps(path) == [1]
+    assert [entry.name.split("-")[0] for entry in (path / "harmed").iterdir()] == ["2"] and len(notes) == 1
+    checkpoints.save(2, state, {"step": 2, "position": 2})
+    checkpoints.wait()
+    assert verify(path, 2) is None
 
 
 def test_a_save_that_died_midway_leaves_nothing_in_the_way(copied):

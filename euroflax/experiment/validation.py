@@ -238,6 +238,9 @@ def _guard(experiment: Experiment) -> Iterator[str]:
     yield from _at_least("training.guard.window_steps", guard.window_steps, 2)
     yield from _at_least("training.guard.max_skipped", guard.max_skipped, 0)
     yield from _at_least("training.guard.max_returns", guard.max_returns, 0)
+    for name, most in (("window_steps", 10**6), ("max_skipped", 10**4), ("max_returns", 100)):
+        if getattr(guard, name) > most:
+            yield f"training.guard.{name}={getattr(guard, name)} is more than the guard keeps; use {most} or less"
     if guard.max_skipped >= guard.window_steps >= 2:
         yield (
             f"training.guard.max_skipped={guard.max_skipped} is never exceeded in window_steps="

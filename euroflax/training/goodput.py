@@ -36,29 +36,48 @@ def goodput(sessions: Iterable[Mapping]) -> float | None:
     return spent["step"] / whole if whole else None
 
 
-def recover(sessions: list[dict], lines: Iterable[Mapping]) -> None:
-    """Brings sessions that did not end in good order up to what their last line of metrics says."""
-    for number, line in _last(lines).items():
-        told = {name: value for name, value in line["session"].items() if name != "number"}
-        if number < len(sessions) and _whole(told) > _whole(sessions[number]):
+def recover(sessions: dict[int, dict], lines: Iterable[Mapping]) -> None:
+    """Brings sessions, by number, that did not end in good order up to what their last line of metrics says."""
+    for number, told in _last(lines).items():
+        if number in sessions and _whole(told) > _whole(sessions[number]):
             sessions[number] |= told
 
 
 def lost(lines: Iterable[Mapping], step: int) -> dict[int, dict[str, float]]:
     """Seconds that the sessions spent behind a step, from which the run goes on, by session and what they were."""
-    told = [line for line in lines if "session" in line]
-    kept = _last(line for line in told if line["step"] <= step)
+    lines = list(lines)
+    kept = _last(line for line in lines if line["step"] <= step)
     found = {}
-    for number, line in _last(line for line in told if line["step"] > step).items():
-        after = line["session"]["seconds"]
-        before = kept[number]["session"]["seconds"] if number in kept else {}
+    for number, told in _last(line for line in lines if line["step"] > step).items():
+        after, before = told["seconds"], kept.get(number, {"seconds": {}})["seconds"]
         spent = {kind: round(after.get(kind, 0.0) - before.get(kind, 0.0), 3) for kind in _REDONE}
         found[number] = {kind: seconds for kind, seconds in spent.items() if seconds > 0}
     return found
 
 
-def _last(lines: Iterable[Mapping]) -> dict[int, Mapping]:
-    return {line["session"]["number"]: line for line in lines if "session" in line}
+def moved(seconds: Mapping[str, float], spent: Mapping[str, float]) -> dict[str, float]:
+    """The seconds of a session with those that were lost booked as such."""
+    left = {kind: round(seconds.get(kind, 0.0) - part, 3) for kind, part in spent.items()}
+    return {**seconds, **left, "lost": round(seconds.get("lost", 0.0) + sum(spent.values()), 3)}
+
+
+def next_number(lines: Iterable[Mapping]) -> int:
+    """The number of a session that begins behind these lines of metrics."""
+    return max(_last(lines), default=-1) + 1
+
+
+def _last(lines: Iterable[Mapping]) -> dict[int, dict]:
+    """What each session had done at its last line, by its number."""
+    found = {}
+    for line in lines:
+        told = line.get("session")
+        if (
+            isinstance(told, Mapping)
+            and isinstance(told.get("number"), int)
+            and isinstance(told.get("seconds"), Mapping)
+        ):
+            found[told["number"]] = {name: value for name, value in told.items() if name != "number"}
+    return found
 
 
 def _whole(session: Mapping) -> float:

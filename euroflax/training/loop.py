@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 
 from euroflax import evaluation, sharding
 from euroflax.accelerators import accelerator_of, estimated_joules
@@ -19,7 +20,7 @@ from euroflax.data.skipping import Range, batch_stop, next_position
 from euroflax.data.tokenizer import Tokenizer
 from euroflax.experiment import Experiment, ExperimentError, Interrupted, RunFailed, Span, to_json
 from euroflax.huggingface import Folder
-from euroflax.processes import agree, gather_json
+from euroflax.processes import agree, from_first, gather_json
 from euroflax.training.clock import Clock
 from euroflax.training.energy import Energy, Reading, combine
 from euroflax.training.guard import BadStretch
@@ -29,6 +30,7 @@ from euroflax.training.record import Record, differences, now
 from euroflax.training.samples import write_samples
 from euroflax.training.saving import Saver
 from euroflax.training.step import (
+    NO_ROW,
     Step,
     TrainState,
     abstract_state,
@@ -39,6 +41,9 @@ from euroflax.training.step import (
 )
 from euroflax.training.stop import Stop
 from euroflax.training.tracking import Tracking
+
+_MORE_STEPS = 3
+"""That a wish to stop waits for one which is applied, and can be saved."""
 
 
 def train(
@@ -97,12 +102,15 @@ def check_facts(declared: Experiment, tokenizer: Tokenizer, path: pathlib.Path, 
 
 def _run(job: Job) -> TrainState:
     state, shardings = _first_state(job)
+    state = skip(state, _ranges_on_record(job, state))
     step, position = int(state.step), int(state.position)
     rows = Rows(job.declared, job.prepared, job.prepared.withdrawals(position)).without(skipped_ranges(state))
     job.record.begin(_session(job), job.prepared, rows.order, position)
     _note_read(job, rows, position)
-    job.record.cut_back(step)
+    job.record.cut_back(step, begins=True)
     job.record.write_manifest()
+    if job.record.missing_steps > 0:
+        job.display.note(f"metrics.jsonl lacks {job.record.missing_steps} of the {step} steps until here")
     session = job.record.manifest["sessions"][-1]
     if position >= job.declared.total_rows:
         job.display.note(f"run {job.declared.name} is complete: {step} steps")
@@ -127,20 +135,31 @@ def _run(job: Job) -> TrainState:
         _note_session(job, session.get("position", position))
 
 
+def _ranges_on_record(job: Job, state: TrainState) -> list[Range]:
+    """The ranges of rows that the run has gone back to skip, also where nothing was saved since."""
+    most = state.skipped_ranges_PQ.shape[0]
+    told = [tuple(entry["rows"]) for entry in job.record.manifest.get("returns", [])]
+    ranges = sorted({*skipped_ranges(state), *(rows for rows in told if rows[1] > int(state.position))})[:most]
+    padded = np.full((most, 2), NO_ROW, np.int64)
+    padded[: len(ranges)] = np.array(ranges, np.int64).reshape(-1, 2)
+    return [(start, stop) for start, stop in from_first(padded).tolist() if start != NO_ROW]
+
+
 def _go_back(job: Job, rows: Rows, bad: Range, why: str, shardings: TrainState) -> tuple[TrainState, Rows]:
     """The state of the checkpoint before a stretch of rows, and the rows without that stretch.
 
     Raises:
         RunFailed: the run may not go back, or there is nowhere to go back to or nothing to go on with.
     """
-    most = job.declared.training.guard.max_returns
+    most, kept = job.declared.training.guard.max_returns, job.checkpoints.kept
     if len(rows.skipped) >= most:
-        raise RunFailed(f"{why}; the run has gone back {most} times (training.guard.max_returns)" if most else why)
+        used = f"; the run has gone back {most} times (training.guard.max_returns)" if most else ""
+        raise RunFailed(f"{why}; {kept}{used}")
     if bad[1] >= job.declared.total_rows:
-        raise RunFailed(f"{why}; these are the last rows of the run, and nothing is left to go on with")
+        raise RunFailed(f"{why}; {kept}; these are the last rows of the run, and nothing is left to go on with")
     with job.clock.on("restart"):
         if not job.checkpoints.go_back(bad[0]):
-            raise RunFailed(f"{why}; there is no checkpoint before row {bad[0]} to go back to")
+            raise RunFailed(f"{why}; {kept}; none is from before row {bad[0]}, to go back to")
         state, _ = _first_state(job)
         state = skip(state, [*rows.skipped, bad])
     step = int(state.step)
@@ -211,11 +230,11 @@ def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState, steps:
     mine = functools.cache(functools.partial(sharding.local_rows, job.mesh))
     meter, saver = Meter(job, step, position, rows.skipped), Saver(job)
     loader = batches(declared, rows, position, mine)
-    saved, due = step, False
+    saved, due, more = step, False, 0
 
-    def save(*, wait: bool) -> bool:
+    def save(*, wait: bool, patient: bool = True) -> bool:
         _note_read(job, rows, position)
-        begun = saver.save(step, state, _facts(job, rows, step, position), last=wait)
+        begun = saver.save(step, state, _facts(job, rows, step, position), last=wait, patient=patient)
         _note_session(job, position, _readings(job))
         return begun
 
@@ -241,23 +260,21 @@ def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState, steps:
         if wanted or evaluates:
             with job.clock.on("step"):
                 stopping = meter.flush() or stopping
-        try:
-            if evaluates and not stopping:
-                _evaluate(job, state, step)
-        except Interrupted:
-            stopping = True
+        stopping = stopping or (evaluates and not _evaluate_whole(job, state, step))
         # Behind a step that was not applied the state may be ruined: a save waits, and pushes no good one out.
         saves = last or ((stopping or wanted) and not meter.skipped)
         if saves:
             due = False
-            saved = step if save(wait=last or stopping) else saved
-        if stopping:
+            saved = step if save(wait=last or stopping, patient=not stopping) else saved
+        if stopping and not saves and more < _MORE_STEPS:
+            more += 1
+        elif stopping:
             saver.finish()
             raise Interrupted(_stopped(job, step, saves))
         if saves or evaluates:
             meter.resume()
         if job.stop.deadline is not None:
-            job.stop.reserve_seconds = 1.5 * saver.seconds(state) + 2 * meter.step_seconds
+            job.stop.reserve_seconds = saver.reserve_seconds(state) + 2 * meter.step_seconds
     return state
 
 
@@ -309,6 +326,15 @@ def _evaluate(job: Job, state: TrainState, step: int) -> None:
     if figures:
         job.record.append([{"step": step, "eval": figures}])
         job.display.evaluation(step, figures)
+
+
+def _evaluate_whole(job: Job, state: TrainState, step: int) -> bool:
+    """Evaluates, and returns whether no wish to stop has cut it short."""
+    try:
+        _evaluate(job, state, step)
+    except Interrupted:
+        return False
+    return True
 
 
 def _sample(job: Job, state: TrainState) -> None:

@@ -97,18 +97,17 @@ class Meter:
                 f"applied, the latest since {line['skipped']}; {self._look()}",
             )
         if self._position >= self._job.declared.total_rows and int(read["skipped"]) in NOT_FINITE:
-            raise RunFailed(f"the last step of the run is not applied, {line['skipped']}; {self._look()}")
+            kept = self._job.checkpoints.kept
+            raise RunFailed(f"the last step of the run is not applied, {line['skipped']}; {self._look()}; {kept}")
 
     def _look(self) -> str:
         """Where to look after steps that were not applied: their rows, and what it may be."""
         refused = [line["rows"] for line in read_metrics(self._job.record.path) if "skipped" in line]
         most = self._job.declared.training.guard.max_skipped + 1
         rows = ", ".join(f"{first} to {last}" for first, last in refused[-most:])
-        latest = self._job.checkpoints.latest_saved
-        kept = "there is no checkpoint yet" if latest is None else f"checkpoint {latest} is kept"
         return (
             f"look at rows {rows}: likely bad documents (show --row says whose they are), a learning rate too high or "
-            f"a broken device; {kept}"
+            "a broken device"
         )
 
     def _line(self, read: dict, seconds: float) -> dict:
@@ -145,7 +144,7 @@ class Meter:
         session["position"] = self._position
         session["seconds"] = self._job.clock.read()
         told = {name: session[name] for name in ("steps", "flops", "seconds")}
-        return {"goodput": goodput(self._sessions), "session": {"number": len(self._sessions) - 1, **told}}
+        return {"goodput": goodput(self._sessions), "session": {"number": session["number"], **told}}
 
 
 def _stop_flags(stop: Stop, mesh: jax.sharding.Mesh) -> jax.Array:

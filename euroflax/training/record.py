@@ -10,7 +10,6 @@ import os
 import pathlib
 import platform
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from typing import IO
 
@@ -23,7 +22,7 @@ from euroflax.experiment import Experiment, ExperimentError, Source, to_json
 from euroflax.experiment.codec import shown
 from euroflax.folders import is_full, make_folder, replace_file, replace_json
 from euroflax.languages import fold
-from euroflax.training.goodput import goodput, lost, recover, totals
+from euroflax.training.goodput import goodput, lost, moved, next_number, recover, totals
 
 _MAY_DIFFER = re.compile(
     r"mesh\.|checkpoint\.|evaluation\.|training\.(batch_tokens|accumulation_steps)$|stages\[\d+\]\.batch_tokens$"
@@ -56,12 +55,28 @@ class Record:
             raise ExperimentError(*faults)
         if writes:
             self._lock = self._take_lock()
-        self.manifest = read_json(path / "manifest.json") or self.manifest
+        try:
+            self.manifest = self._read_manifest() or self.manifest
+        except ExperimentError:
+            self.close()
+            raise
         self._metrics = path / "metrics.jsonl"
         self._unwritten = b""
+        self.missing_steps = 0
+        """Steps before the one to which the metrics were cut back that they do not hold."""
         self.on_line: Callable[[dict], None] = lambda line: None
         """Told of each line of the metrics, in the process that writes."""
         self._evaluated: set[int] = set()
+
+    def _read_manifest(self) -> dict | None:
+        file = self.path / "manifest.json"
+        manifest = read_json(file)
+        if manifest is not None and not isinstance(manifest.get("sessions"), list):
+            raise ExperimentError(
+                f"{file} is not the record of a run; restore it, or move it away: the run then goes on with a record "
+                "that begins here"
+            )
+        return manifest
 
     def _take_lock(self) -> IO:
         lock = open(self.path / "lock", "w")
@@ -111,7 +126,8 @@ class Record:
         if not self.manifest.get("tokenizer") and self._writes:
             self.manifest["tokenizer"] = tokenizer_figures(self._declared, prepared)
         self.manifest["sessions"].append(
-            {"from": now(), "to": None, "steps": 0, "flops": 0, "seconds": {}, "saves": dict(NO_SAVES)}
+            {"number": len(self.manifest["sessions"])}
+            | {"from": now(), "to": None, "steps": 0, "flops": 0, "seconds": {}, "saves": dict(NO_SAVES)}
             | {"energy_joules": None, "energy_boundary": None, "energy_estimate_joules": None}
             | session
         )
@@ -136,9 +152,9 @@ class Record:
         """Copies the tokenizer into the run folder, with what says which tokens begin and end a text."""
         for file in (path, path.with_name("tokenizer_config.json")):
             target = self.path / "tokenizer" / ("tokenizer.json" if file == path else file.name)
-            if file.is_file() and not target.is_file():
+            if file.is_file() and not (target.is_file() and target.read_bytes() == file.read_bytes()):
                 target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, target)
+                replace_file(target, file.read_bytes())
 
     def write_manifest(self) -> None:
         """Replaces the manifest with what it is now."""
@@ -151,27 +167,32 @@ class Record:
                 if not is_full(error):
                     raise
 
-    def cut_back(self, step: int) -> dict[str, float]:
+    def cut_back(self, step: int, *, begins: bool = False) -> dict[str, float]:
         """Drops metrics of steps after `step`, and a torn last line, so that each step stands once.
 
         What sessions spent on them is lost work. Returns that of this session: seconds by what they were spent on.
+
+        Args:
+            step: the last one to keep.
+            begins: whether the session has only just begun.
         """
-        if not (self._writes and self._metrics.is_file()):
+        if not self._writes:
             return {}
+        self._metrics.touch()
         self._unwritten = b""
         lines = list(_lines(self._metrics))
-        sessions = self.manifest["sessions"]
-        recover(sessions[:-1], (value for _, value in lines))
+        *earlier, this = self.manifest["sessions"]
+        this["number"] = max(this["number"], next_number(value for _, value in lines)) if begins else this["number"]
+        by_number = {session.get("number"): session for session in earlier}
+        recover(by_number, (value for _, value in lines))
         gone = lost((value for _, value in lines), step)
-        mine = gone.pop(len(sessions) - 1, {})
+        mine = gone.pop(this["number"], {})
         for number, spent in gone.items():
-            seconds = sessions[number]["seconds"]
-            sessions[number]["seconds"] = seconds | {
-                **{kind: round(seconds.get(kind, 0.0) - part, 3) for kind, part in spent.items()},
-                "lost": round(seconds.get("lost", 0.0) + sum(spent.values()), 3),
-            }
+            if number in by_number:
+                by_number[number]["seconds"] = moved(by_number[number]["seconds"], spent)
         kept = [(line, value) for line, value in lines if value["step"] <= step]
         self._evaluated = {value["step"] for _, value in kept if "eval" in value}
+        self.missing_steps = step - len({value["step"] for _, value in kept if "loss" in value})
         replace_file(self._metrics, b"".join(line for line, _ in kept))
         return mine
 
@@ -257,7 +278,7 @@ def read_json(file: pathlib.Path) -> dict | None:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise ExperimentError(f"{file} is not a JSON object; restore it, or give the run another name")
+        raise ExperimentError(f"{file} is not a JSON object; restore it, or move it away")
     return value
 
 

@@ -21,7 +21,7 @@ class Saver:
     """Saves the state of a run, tries again what failed, and measures what it takes."""
 
     def __init__(self, job: Job) -> None:
-        self._job, self._failures = job, 0
+        self._job, self._failures, self._most = job, 0, len(PAUSES)
         self._again: float | None = None
         self._session = job.record.manifest["sessions"][-1]
 
@@ -35,8 +35,15 @@ class Saver:
         """Whether the pause behind a save that failed is over, in the same step for all processes."""
         return self._again is None or agree(time.monotonic() >= self._again)
 
-    def save(self, step: int, state: object, facts: dict, *, last: bool) -> bool:
+    def save(self, step: int, state: object, facts: dict, *, last: bool, patient: bool = True) -> bool:
         """Begins to save, and returns whether it could; the last one is on disk when this returns.
+
+        Args:
+            step: completed steps.
+            state: the state.
+            facts: what JSON can hold.
+            last: whether there will be no other one.
+            patient: whether a last one that fails may be tried again for longer than the first pause.
 
         Raises:
             Interrupted: the disk is full and stays so.
@@ -45,13 +52,20 @@ class Saver:
         began = time.monotonic()
         with self._job.clock.on("save"):
             self._collect()
-            self._again = None
+            self._again, self._most = None, len(PAUSES) if patient else min(self._failures + 1, len(PAUSES))
             while not (begun := self._attempt(step, state, facts, last)) and last:
-                time.sleep(PAUSES[self._failures - 1])
+                self._pause()
         saves = self._session["saves"]
         saves["count"] += begun
         saves["blocking_seconds"] = round(saves["blocking_seconds"] + time.monotonic() - began, 4)
         return begun
+
+    def _pause(self) -> None:
+        """Waits for the time of the next attempt, not like a process that hangs."""
+        until = time.monotonic() + PAUSES[self._failures - 1]
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 0.5))
+            self._job.stop.alive()
 
     def _attempt(self, step: int, state: object, facts: dict, last: bool) -> bool:
         """Whether a save was begun, or with `last` is done."""
@@ -84,7 +98,7 @@ class Saver:
         self._session["saves"]["longest_seconds"] = round(self._job.checkpoints.save_seconds, 4)
 
     def _failed(self, error: SaveFailed) -> None:
-        if self._failures >= len(PAUSES):
+        if self._failures >= self._most:
             tried = self._failures + 1
             text = f"the checkpoint cannot be written ({error}), tried {tried} times; those before it are kept"
             if is_full(error):
@@ -96,8 +110,13 @@ class Saver:
             f"a checkpoint could not be written ({error}); those before it are kept; tried again in {pause:.0f} s"
         )
 
-    def seconds(self, state: object) -> float:
-        """How long a save takes at most, by those of the run so far, or by the size of the state."""
+    def reserve_seconds(self, state: object) -> float:
+        """What to keep for the last save: twice the longest one, and one more while one is being written."""
+        longest = self._longest_seconds(state)
+        return (3 if self._job.checkpoints.is_saving else 2) * longest
+
+    def _longest_seconds(self, state: object) -> float:
+        """How long a save takes, by those of the run so far, or by the size of the state."""
         with contextlib.suppress(ValueError):
             sessions = self._job.record.manifest["sessions"]
             known = [session.get("saves", {}).get("longest_seconds", 0.0) for session in sessions]

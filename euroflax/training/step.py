@@ -109,7 +109,7 @@ def skip(state: TrainState, ranges: list[Range]) -> TrainState:
     """The state with these ranges of rows to skip, which begin at its position or later."""
     rows = sorted(ranges)
     padded = np.full(state.skipped_ranges_PQ.shape, NO_ROW, np.uint32)
-    padded[: len(rows)] = rows
+    padded[: len(rows)] = np.array(rows, np.uint32).reshape(-1, 2)
     position = np.uint32(next_position(int(state.position), rows))
 
     def like(leaf: jax.Array, value: np.ndarray | np.uint32) -> jax.Array:

@@ -29,7 +29,6 @@ class Stop:
         self.listens = False
         """Whether signals of this process are wishes to it."""
         self._reason: str | None = None
-        self._signals = 0
 
     def limit(self, seconds: float) -> None:
         """Sets the deadline, so many seconds after the start of the command."""
@@ -39,24 +38,22 @@ class Stop:
         """Inside it a signal ends the process at once: for where there is nothing to save and nothing to ask."""
         return ended_by_signals() if self.listens else contextlib.nullcontext()
 
+    def alive(self) -> None:
+        """A sign of life without a question."""
+        self.asked = time.monotonic()
+
     @property
     def reason(self) -> str | None:
         """What wishes to stop; None where nothing does."""
-        self.asked = time.monotonic()
+        self.alive()
         if self._reason is None and self.deadline is not None:
             left = self.deadline - self.asked - self.reserve_seconds - _SPARE_SECONDS
             self._reason = "the time limit" if left <= 0 else None
         return self._reason
 
     def request(self, reason: str) -> None:
-        """Notes the wish; the second one does not wait.
-
-        Raises:
-            Interrupted: there was one before.
-        """
-        self._reason, self._signals = reason, self._signals + 1
-        if self._signals > 1:
-            self.check()
+        """Notes the wish; more of them change nothing."""
+        self._reason = self._reason or reason
 
     def check(self) -> None:
         """Ends the command where there is a wish and nothing to save.

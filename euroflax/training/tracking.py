@@ -66,7 +66,7 @@ class Tracking:
         """
         self._note = note
         self._threads: list[tuple[queue.Queue[Mapping | None], threading.Thread]] = []
-        for name in names:
+        for name in dict.fromkeys(names):
             lines: queue.Queue[Mapping | None] = queue.Queue(_LINES)
             open_it = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}[name]
             arguments = (name, lambda open_it=open_it: open_it(declared, run_dir, run_id), lines)

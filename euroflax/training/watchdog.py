@@ -26,8 +26,12 @@ class Watchdog:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def _watch(self) -> None:
-        while not self._closing.wait(min(1.0, (self._hang_seconds or 10.0) / 10)):
+        period = min(1.0, (self._hang_seconds or 10.0) / 10)
+        looked = time.monotonic()
+        while not self._closing.wait(period):
             now, deadline = time.monotonic(), self._stop.deadline
+            self._stop.asked += max(now - looked - 2 * period, 0.0)  # this thread stood too: the process was suspended
+            looked = now
             idle = now - self._stop.asked
             if deadline is not None and now >= deadline:
                 end_at_once(

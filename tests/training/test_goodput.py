@@ -35,9 +35,17 @@ def test_the_share_of_steps_is_that_over_all_sessions():
 
 def test_a_session_that_was_killed_is_known_up_to_its_last_line():
     sessions = [{"steps": 2, "seconds": {"step": 2.0}}, {"steps": 9, "seconds": {"step": 9.0}}]
-    goodput.recover(sessions, [line(1, 0, step=1.0), line(3, 0, step=3.0, save=1.0), line(4, 1, step=4.0)])
+    goodput.recover(
+        dict(enumerate(sessions)), [line(1, 0, step=1.0), line(3, 0, step=3.0, save=1.0), line(4, 1, step=4.0)]
+    )
     assert sessions[0] == {"steps": 3, "seconds": {"step": 3.0, "save": 1.0}}
     assert sessions[1] == {"steps": 9, "seconds": {"step": 9.0}}
+
+
+def test_lines_that_say_nothing_of_their_session_are_left_out():
+    lines = [{"step": 1}, {"step": 2, "session": {"number": 1}}, {"step": 3, "session": 7}, line(4, 2, step=1.0)]
+    assert goodput.lost(lines, 0) == {2: {"step": 1.0}} and goodput.next_number(lines) == 3
+    assert goodput.next_number([]) == 0
 
 
 def test_work_behind_the_step_from_which_a_run_goes_on_is_lost_and_compiling_is_not():

@@ -236,16 +236,15 @@ def test_a_resume_before_the_rows_that_are_skipped_ends_its_batch_at_them(folder
 def test_a_run_that_has_gone_back_as_often_as_declared_fails_and_says_so(folders, harmful):
     harmful.update({17, 26, 33, 41})
     declared = small(**RETURNS | {"training__guard": Guard(max_skipped=1, max_returns=1)}, training__tokens=9 * 8 * 64)
-    with pytest.raises(
-        RunFailed, match=r"rows 32 to 39, 40 to 47: .*has gone back 1 times \(training.guard.max_returns"
-    ):
+    said = r"40 to 47: .*checkpoint 2 is kept; the run has gone back 1 times \(training.guard.max_returns"
+    with pytest.raises(RunFailed, match=said):
         verbs.train(declared, folders)
     assert verbs.latest_step(folders.run_dir(declared.name) / "checkpoints") == 2
 
 
 def test_without_a_checkpoint_before_the_stretch_or_rows_behind_it_there_is_no_return(folders, harmful):
     harmful.update({0, 8})
-    with pytest.raises(RunFailed, match="no checkpoint before row 0 to go back to"):
+    with pytest.raises(RunFailed, match="there is no checkpoint yet; none is from before row 0, to go back to"):
         verbs.train(small(name="first", **RETURNS), folders)
     harmful.clear()
     harmful.update({33, 41})
@@ -314,15 +313,47 @@ def test_a_save_that_is_due_behind_a_refused_step_waits_for_one_that_is_applied(
     assert sorted(listed_steps(folders.run_dir("tiny_eu24") / "checkpoints")) == [3, 4, 6]
 
 
-def test_a_stop_behind_a_refused_step_saves_nothing_and_says_so(folders, planted):
+class StopAt(Notes):
+    def __init__(self, stop, at):
+        super().__init__()
+        self.stop, self.at = stop, at
+
+    def step(self, metrics, total):
+        if metrics["step"] == self.at:
+            self.stop.request("a test")
+
+
+def test_a_stop_behind_a_refused_step_waits_for_one_that_is_applied(folders, planted):
     planted.update({3, 4})
     stop = Stop()
+    with pytest.raises(Interrupted, match=r"stopped by a test after step 5, which is saved"):
+        verbs.train(small(checkpoint__every_steps=2), folders, StopAt(stop, 3), stop)
+    assert verbs.latest_step(folders.run_dir("tiny_eu24") / "checkpoints") == 5
 
-    class StopAtThree(Notes):
-        def step(self, metrics, total):
-            if metrics["step"] == 3:
-                stop.request("a test")
 
+def test_a_stop_behind_many_refused_steps_saves_nothing_and_says_so(folders, planted):
+    planted.update(range(11, 18))
+    declared = small(checkpoint__every_steps=2, training__tokens=40 * 512, training__guard=Guard(max_skipped=30))
+    stop = Stop()
     with pytest.raises(Interrupted, match=r"which was not applied and is not saved; .*from the last checkpoint"):
-        verbs.train(small(checkpoint__every_steps=2), folders, StopAtThree(), stop)
-    assert verbs.latest_step(folders.run_dir("tiny_eu24") / "checkpoints") == 2
+        verbs.train(declared, folders, StopAt(stop, 11), stop)
+    assert verbs.latest_step(folders.run_dir("tiny_eu24") / "checkpoints") == 10
+
+
+def test_a_return_that_nothing_was_saved_behind_stands_all_the_same(folders, harmful):
+    harmful.update({50, 60})
+
+    class Dies(Notes):
+        def note(self, text):
+            if "goes back" in text:
+                raise MemoryError
+
+    with pytest.raises(MemoryError):
+        verbs.train(small(name="cut", **AHEAD), folders, Dies())
+    display = Notes()
+    run = verbs.train(small(name="cut", **AHEAD), folders, display)
+    manifest = read_manifest(run.path)
+    assert len(manifest["returns"]) == 1 and manifest["skipped_ranges"] == [[48, 64]]
+    assert not any("goes back" in note or "not applied" in note for note in display.notes)
+    whole = verbs.train(small(name="whole", **AHEAD), folders)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, whole.params, run.params))

@@ -60,6 +60,31 @@ def test_lines_that_a_full_disk_refuses_are_held_back_and_written_once(tmp_path,
                 record.append([{"step": 4, "loss": 4.0}])
 
 
+def test_a_tokenizer_that_was_not_copied_whole_is_copied_again(tmp_path):
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    with opened(tmp_path):
+        whole = file.read_bytes()
+    file.write_bytes(b"")
+    with opened(tmp_path):
+        assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", ["{}", '{"a": 1}', '{"sessions": 3}'])
+def test_a_manifest_that_is_no_record_is_refused_with_a_way_on(tmp_path, content):
+    with opened(tmp_path):
+        pass
+    (tmp_path / "manifest.json").write_text(content)
+    said = "is not the record of a run; restore it, or move it away"
+    with pytest.raises(ExperimentError, match=said), opened(tmp_path):
+        pass
+    (tmp_path / "manifest.json").unlink()
+    with opened(tmp_path) as record:
+        told = {"number": 4, "steps": 2, "flops": 1, "seconds": {"step": 1.0}}
+        record.append([{"step": 1, "loss": 1.0, "session": told}, {"step": 3, "loss": 1.0, "session": told}])
+        assert record.cut_back(3, begins=True) == {} and record.missing_steps == 1
+        assert record.manifest["sessions"][0]["number"] == 5
+
+
 def test_what_is_not_finite_is_null(tmp_path):
     with opened(tmp_path) as record:
         record.append([{"step": 1, "loss": float("nan"), "by": {"en": float("inf")}, "mfu": None}])

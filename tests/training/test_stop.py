@@ -38,13 +38,13 @@ def test_a_limit_is_a_wish_to_stop_as_long_before_it_as_ending_takes():
     assert stop.reason == "the time limit"  # a wish stays
 
 
-def test_a_signal_behind_the_limit_waits_for_the_save_and_the_second_does_not():
+def test_the_first_wish_stays_and_more_of_them_change_nothing():
     stop = Stop()
-    stop.limit(0.0)
-    assert stop.reason == "the time limit"
-    stop.request("SIGTERM")
-    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
-        stop.request("SIGTERM")
+    for reason in ("SIGTERM", "SIGTERM", "SIGUSR1"):
+        stop.request(reason)
+    assert stop.reason == "SIGTERM"
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; the same command goes on"):
+        stop.check()
 
 
 @pytest.fixture
@@ -70,6 +70,20 @@ def test_questions_keep_the_watchdog_quiet_and_silence_does_not(ended, capfd):
     wait(ended, 5)
     assert ended[0][0].startswith("error: nothing has moved for 1 s (--hang-minutes)") and ended[0][1] == 75
     assert "in wait" in capfd.readouterr().err
+    watchdog.close()
+
+
+def test_a_process_that_was_suspended_does_not_hang(ended, monkeypatch):
+    stop = Stop()
+    genuine, gap = time.monotonic, []
+    monkeypatch.setattr(time, "monotonic", lambda: genuine() + sum(gap))
+    watchdog = Watchdog(stop, 1.0)
+    time.sleep(0.3)
+    gap.append(60.0)
+    time.sleep(0.3)
+    assert ended == []
+    wait(ended, 5)
+    assert len(ended) == 1  # and then it does, since nobody asks
     watchdog.close()
 
 
