@@ -114,6 +114,33 @@ def test_what_schedulers_and_keyboards_send_is_a_wish_to_stop(case, fault, numbe
     fault.happened(f"exit 75: {stopped.stderr.strip()}; {case.ends_as_undisturbed()}")
 
 
+def test_a_scheduler_that_says_it_again_and_again_changes_nothing(case, fault):
+    fault.expected("SIGTERM every twentieth of a second until the end", "as one: saved, said once, exit 75")
+    process = case.start()
+    while process.poll() is None and case.steps() < 20:
+        time.sleep(0.001)
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    _, err = process.communicate()
+    assert process.returncode == 75, (process.returncode, err)
+    assert re.fullmatch(r"stopped by SIGTERM after step \d+, which is saved; the same command .*\n", err)
+    fault.happened(f"exit 75: {err.strip()}; {case.ends_as_undisturbed()}")
+
+
+def test_a_second_interrupt_from_the_keyboard_ends_at_once(case, fault):
+    fault.expected("SIGINT twice", "exit 75 at once; what was saved before holds")
+    process = case.start()
+    while process.poll() is None and case.steps() < 20:
+        time.sleep(0.001)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and "stopped by" in err and "Traceback" not in err, (process.returncode, err)
+    fault.happened(f"exit 75: {err.strip()}; {case.ends_as_undisturbed()}")
+
+
 def test_sigterm_in_preparation_leaves_nothing_half(tmp_path, fault):
     fault.expected("SIGTERM in prepare", "exit 75, no store is half there, the same command goes on")
     text = "".join(json.dumps({"id": str(i), "text": f"word {i} " * 300}) + "\n" for i in range(20_000))

@@ -9,8 +9,11 @@ import time
 
 import pytest
 
-from euroflax.checkpoint import latest_step
-from tests.conftest import deterministic
+from euroflax import verbs
+from euroflax.checkpoint import latest_step, manager, verify
+from euroflax.experiment import Interrupted
+from euroflax.training.stop import Stop
+from tests.conftest import deterministic, small
 
 pytestmark = pytest.mark.faults
 
@@ -107,6 +110,26 @@ def test_a_time_limit_saves_and_ends_in_time(case, fault, whose):
     step = latest_step(case.checkpoints)
     assert f"after step {step}," in done.stderr
     fault.happened(f"exit 75 after {took:.0f} s of {limit}: {done.stderr.strip()}")
+
+
+def test_a_time_limit_is_kept_though_each_save_takes_long(folders, fault, monkeypatch):
+    fault.expected("a time limit, and saves of three seconds one after the other", "the state is saved in time")
+    genuine = manager.hash_files
+
+    def slow(folder):
+        time.sleep(3)
+        return genuine(folder)
+
+    monkeypatch.setattr(manager, "hash_files", slow)
+    stop = Stop()
+    stop.limit(45.0)
+    declared = small(training__tokens=100_000 * 512, checkpoint__every_steps=5, evaluation__every_steps=10**6)
+    with pytest.raises(Interrupted, match=r"stopped by the time limit after step .*, which is saved") as stopped:
+        verbs.train(declared, folders, None, stop)
+    took = time.monotonic() - stop.began
+    checkpoints = folders.run_dir(declared.name) / "checkpoints"
+    assert took < 45 and verify(checkpoints, latest_step(checkpoints)) is None
+    fault.happened(f"after {took:.0f} s of 45: {stopped.value}")
 
 
 def test_a_step_that_does_not_end_by_the_limit_is_cut_short(case, fault):

@@ -10,7 +10,7 @@ import pytest
 from euroflax import report, verbs
 from euroflax.checkpoint import Checkpoints, listed_steps
 from euroflax.data.loader import Rows, empty_batch
-from euroflax.experiment import Guard, Interrupted, RunFailed
+from euroflax.experiment import Guard, Interrupted, RunFailed, validate
 from euroflax.training import guard as guards
 from euroflax.training import loop
 from euroflax.training.optimizer import learning_rate
@@ -106,6 +106,12 @@ def test_a_refused_step_changes_no_bit_of_parameters_and_optimizer_and_consumes_
     assert int(metrics["skipped"]) == 0 and not jnp.array_equal(
         applied.params["embedding_VD"], state.params["embedding_VD"]
     )
+
+
+@pytest.mark.parametrize("field", ["window_steps", "max_skipped", "max_returns"])
+def test_more_than_the_guard_can_keep_is_refused(field):
+    declared = small(**{f"training__guard__{field}": 3_000_000_000})
+    assert [fault for fault in validate(declared) if f"training.guard.{field}=3000000000 is more than" in fault]
 
 
 @pytest.fixture
