@@ -3,10 +3,12 @@
 import concurrent.futures
 import contextlib
 import errno
+import functools
 import logging
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Collection
 from typing import TypeVar
@@ -238,6 +240,18 @@ def _chunks(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=shard_bytes // leaf.shape[0], shard_axes=(0,))
 
 
+@functools.cache
 def _quiet() -> None:
-    """Keeps Orbax's log off the user's terminal: what fails is raised, and said by us."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    """Keeps logs of a save off the user's terminal: what fails is raised, and said by us.
+
+    Where a save fails, TensorStore's threads complain that Orbax's event loop no longer listens to them.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def hook(what: "sys.UnraisableHookArgs") -> None:
+        if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
+            before(what)
+
+    sys.unraisablehook = hook

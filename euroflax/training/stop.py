@@ -35,7 +35,12 @@ class Stop:
         self.deadline = self.began + seconds
 
     def at_once(self) -> contextlib.AbstractContextManager[None]:
-        """Inside it a signal ends the process at once: for where there is nothing to save and nothing to ask."""
+        """Inside it a signal ends the process at once: for where there is nothing to save and nothing to ask.
+
+        Raises:
+            Interrupted: there is a wish already.
+        """
+        self.check()
         return ended_by_signals() if self.listens else contextlib.nullcontext()
 
     def alive(self) -> None:
