@@ -61,11 +61,12 @@ class Saver:
         return begun
 
     def _pause(self) -> None:
-        """Waits for the time of the next attempt, not like a process that hangs."""
+        """Waits for the time of the next attempt; behind a wish to stop it is the last one."""
         until = time.monotonic() + PAUSES[self._failures - 1]
         while (left := until - time.monotonic()) > 0:
             time.sleep(min(left, 0.5))
-            self._job.stop.alive()
+            if self._job.stop.reason is not None and jax.process_count() == 1:
+                self._most = min(self._most, self._failures)
 
     def _attempt(self, step: int, state: object, facts: dict, last: bool) -> bool:
         """Whether a save was begun, or with `last` is done."""

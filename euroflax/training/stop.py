@@ -43,14 +43,10 @@ class Stop:
         self.check()
         return ended_by_signals() if self.listens else contextlib.nullcontext()
 
-    def alive(self) -> None:
-        """A sign of life without a question."""
-        self.asked = time.monotonic()
-
     @property
     def reason(self) -> str | None:
         """What wishes to stop; None where nothing does."""
-        self.alive()
+        self.asked = time.monotonic()
         if self._reason is None and self.deadline is not None:
             left = self.deadline - self.asked - self.reserve_seconds - _SPARE_SECONDS
             self._reason = "the time limit" if left <= 0 else None

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shutil
+import signal
 import subprocess
 import time
 
@@ -64,6 +65,18 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(case, disk, fault, what):
     assert said and latest_step(mine.checkpoints) == 400 and verify(mine.checkpoints, 400) is None
     assert mine.steps() == 402 and not list(mine.checkpoints.glob("*tmp*"))
     fault.happened(f"{said[0]}; then exit 0, checkpoint 400 whole, each step in the metrics once")
+
+
+def test_a_signal_on_a_full_disk_ends_the_run_soon(case, disk, fault):
+    fault.expected("SIGTERM while the disk is full", "one more attempt, then exit 75; the checkpoint before it is kept")
+    mine, process = filled_under_a_run(case, disk, "the run folder")
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    took = time.monotonic() - began
+    assert process.returncode == 75 and err.startswith("error: the checkpoint cannot be written (No space left"), err
+    assert took < 30 and verify(mine.checkpoints, latest_step(mine.checkpoints)) is None
+    fault.happened(f"exit 75 after {took:.0f} s: {err.strip()}")
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_75(case, disk, fault, full):
