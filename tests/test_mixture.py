@@ -422,6 +422,7 @@ def test_a_held_out_document_that_is_withdrawn_is_not_evaluated_on(folders):
     assert 0 not in _documents(declared, after, *after.evaluation[0])
 
 
+@pytest.mark.slow
 def test_a_list_that_changes_under_unimax_leaves_the_rows_before_it_as_they_were(folders):
     (folders.data_root / "ids").write_text("")
     sources = tuple(

@@ -189,6 +189,7 @@ def test_a_process_with_other_data_or_code_is_named_and_all_are_refused(alone, t
     assert "has other code than process 0; install the same euroflax" in odd_one(alone, tmp_path, root=root)
 
 
+@pytest.mark.slow
 def test_slurms_variables_make_a_job(alone, tmp_path):
     path, folder = alone
     common = ("--runs-dir", tmp_path / "runs", "--cache-dir", folder / "cache", "--devices", "cpu:4")

@@ -158,16 +158,18 @@ def test_a_run_begins_from_published_weights_and_says_so(exported, copied):
     shutil.rmtree(folder / "..", ignore_errors=True)
 
 
-def test_a_run_whose_checkpoints_are_all_harmed_begins_from_the_weights_again(exported, copied):
+def test_a_run_whose_checkpoints_are_moved_away_since_none_is_whole_begins_from_the_weights_again(exported, copied):
     _, folders, _, _ = exported
     folder, declared = copied
     here = dataclasses.replace(folders, data_root=folder.parent, runs_dir=folder.parent / "runs")
-    losses = []
-    for _ in range(2):
-        began = verbs.train(declared, here)
-        losses.append([line["loss"] for line in began.metrics if "loss" in line])
-        for file in began.path.glob("checkpoints/*/state/manifest.ocdbt"):
-            file.write_bytes(file.read_bytes() + b"x")
+    first = verbs.train(declared, here)
+    for file in first.path.glob("checkpoints/*/state/manifest.ocdbt"):
+        file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(ExperimentError, match=r"none of its checkpoints .* is whole; restore one, or move .* away"):
+        verbs.train(declared, here)
+    (first.path / "checkpoints").rename(first.path / "away")
+    again = verbs.train(declared, here)
+    losses = [[line["loss"] for line in run.metrics if "loss" in line] for run in (first, again)]
     assert losses[0] == losses[1]
 
 

@@ -59,6 +59,7 @@ def test_work_behind_the_step_from_which_a_run_goes_on_is_lost_and_compiling_is_
     assert goodput.lost(lines, 3) == {1: {"step": 1.0, "data": 0.5}} and goodput.lost(lines, 4) == {}
 
 
+@pytest.mark.slow
 def test_every_second_of_two_sessions_is_accounted_for_and_what_a_kill_costs_is_lost_work(tmp_path):
     declared = small(training__tokens=60 * 512, checkpoint__every_steps=25, evaluation__every_steps=100)
     path = write_experiment(tmp_path / "x.py", declared)
