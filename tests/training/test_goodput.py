@@ -82,7 +82,7 @@ def test_every_second_of_two_sessions_is_accounted_for_and_what_a_kill_costs_is_
     assert sum(first["seconds"].values()) == pytest.approx(sum(told["seconds"].values()), abs=0.01)
     assert first["seconds"]["lost"] > 0 and first["seconds"]["step"] < told["seconds"]["step"]
     assert second["seconds"].get("lost", 0) == 0
-    assert sum(second["seconds"].values()) == pytest.approx(took, abs=4)  # the interpreter's start, and its end
+    assert sum(second["seconds"].values()) == pytest.approx(took, abs=8)  # the interpreter's start, and its end
     spent = manifest["goodput"]["seconds"]
     assert sum(spent.values()) == pytest.approx(sum(sum(s["seconds"].values()) for s in (first, second)), abs=0.01)
     assert manifest["goodput"]["fraction"] == pytest.approx(spent["step"] / sum(spent.values()), abs=1e-3)

@@ -63,8 +63,8 @@ def wait(found, seconds):
 
 def test_questions_keep_the_watchdog_quiet_and_silence_does_not(ended, capfd):
     stop = Stop()
-    watchdog = Watchdog(stop, 0.5)
-    for _ in range(20):
+    watchdog = Watchdog(stop, 1.0)
+    for _ in range(30):
         assert stop.reason is None and not ended
         time.sleep(0.05)
     wait(ended, 5)
@@ -77,12 +77,12 @@ def test_a_process_that_was_suspended_does_not_hang(ended, monkeypatch):
     stop = Stop()
     genuine, gap = time.monotonic, []
     monkeypatch.setattr(time, "monotonic", lambda: genuine() + sum(gap))
-    watchdog = Watchdog(stop, 1.0)
+    watchdog = Watchdog(stop, 3.0)
     time.sleep(0.3)
     gap.append(60.0)
     time.sleep(0.3)
     assert ended == []
-    wait(ended, 5)
+    wait(ended, 10)
     assert len(ended) == 1  # and then it does, since nobody asks
     watchdog.close()
 
