@@ -49,6 +49,13 @@ class Case:
         """The command to its end."""
         return run(self.path, *flags, *self.options(), environment=environment)
 
+    def started(self, at: int) -> subprocess.Popen:
+        """Starts the command and returns once there are so many lines of metrics."""
+        process = self.start()
+        while process.poll() is None and self.steps() < at:
+            time.sleep(0.001)
+        return process
+
     def steps(self) -> int:
         """Lines in the metrics."""
         file = self.run_dir / "metrics.jsonl"
@@ -105,3 +112,24 @@ def cold(case, tmp_path):
     """A run of the test's own whose programs are not compiled yet."""
     shutil.copytree(case.cache, tmp_path / "cache", ignore=shutil.ignore_patterns("compiled"))
     return dataclasses.replace(case, cache=tmp_path / "cache")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A folder that holds six megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "none", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder):
+    with open(folder / "filler", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"0" * 4096)
+        except OSError:
+            return

@@ -10,7 +10,7 @@ from euroflax.checkpoint import latest_step, verify
 from euroflax.experiment import Guard
 from euroflax.training.record import read_manifest
 from tests.conftest import small, write_experiment
-from tests.faults.test_storage import disk, fill  # noqa: F401
+from tests.faults.conftest import fill
 from tests.test_processes import ended, job
 
 pytestmark = pytest.mark.faults
@@ -33,7 +33,7 @@ def test_two_processes_go_back_as_one_does(case, tmp_path, fault):
     fault.happened(f"both skip rows {expected} and end with {alone.returncode}, as one does")
 
 
-def test_a_disk_that_is_full_for_two_processes_costs_nothing(case, disk, fault):  # noqa: F811
+def test_a_disk_that_is_full_for_two_processes_costs_nothing(case, disk, fault):
     fault.expected("the disk of two processes fills, and has room again", "said, tried again, the run ends well")
     declared = small(training__tokens=300 * 512, checkpoint__every_steps=20, evaluation__every_steps=300)
     mine = dataclasses.replace(case, path=write_experiment(case.folder / "x.py", declared), folder=disk)

@@ -122,9 +122,7 @@ def test_what_schedulers_and_keyboards_send_is_a_wish_to_stop(case, fault, numbe
 
 def test_a_scheduler_that_says_it_again_and_again_changes_nothing(case, fault):
     fault.expected("SIGTERM every twentieth of a second until the end", "as one: saved, said once, exit 75")
-    process = case.start()
-    while process.poll() is None and case.steps() < 20:
-        time.sleep(0.001)
+    process = case.started(20)
     while process.poll() is None:
         process.send_signal(signal.SIGTERM)
         time.sleep(0.05)
@@ -136,9 +134,7 @@ def test_a_scheduler_that_says_it_again_and_again_changes_nothing(case, fault):
 
 def test_a_second_interrupt_from_the_keyboard_ends_at_once(case, fault):
     fault.expected("SIGINT twice", "exit 75 at once; what was saved before holds")
-    process = case.start()
-    while process.poll() is None and case.steps() < 20:
-        time.sleep(0.001)
+    process = case.started(20)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.01)
@@ -191,9 +187,7 @@ def test_sigterm_in_the_report_leaves_the_page_whole_or_as_it_was(undisturbed, t
 
 def test_two_starts_on_one_folder_and_the_lock_of_a_dead_process(case, fault):
     fault.expected("two starts on one run folder", "the second is refused; the lock of a dead process is none")
-    first = case.start()
-    while case.steps() < 5 and first.poll() is None:
-        time.sleep(0.01)
+    first = case.started(5)
     second = case.run()
     assert second.returncode == 2 and "is in use by another process" in second.stderr, second.stderr
     first.kill()

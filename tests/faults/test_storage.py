@@ -4,36 +4,15 @@ import dataclasses
 import re
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
 
 from euroflax.checkpoint import latest_step, listed_steps, verify
 from tests.conftest import small, write_experiment
+from tests.faults.conftest import fill
 
 pytestmark = pytest.mark.faults
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A folder that holds six megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "none", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-def fill(folder):
-    with open(folder / "filler", "wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(b"0" * 4096)
-        except OSError:
-            return
 
 
 def filled_under_a_run(case, disk, what):

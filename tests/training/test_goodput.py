@@ -92,7 +92,7 @@ def test_every_second_of_two_sessions_is_accounted_for_and_what_a_kill_costs_is_
     assert last["session"]["number"] == 1 and 0 < last["goodput"] < 1
 
 
-def test_saves_at_the_default_interval_hold_up_the_small_run_for_less_than_a_twentieth(folders):
+def test_a_run_shorter_than_the_interval_saves_once_and_says_for_how_long_it_was_held_up(folders):
     manifest = read_manifest(verbs.train(small(checkpoint__every_steps=500), folders).path)
     (session,) = manifest["sessions"]
     assert session["saves"]["count"] == 1
