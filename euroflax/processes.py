@@ -218,12 +218,14 @@ def ended_by_signals() -> Iterator[None]:
         os.close(woken)
 
     before = signal.set_wakeup_fd(wakes)
-    threading.Thread(target=wait, daemon=True).start()
+    waiter = threading.Thread(target=wait, daemon=True)
+    waiter.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
         os.close(wakes)
+        waiter.join()  # where a signal came, it ends the process: nothing is said or done beside it
 
 
 def _nobody_came(processes: Processes) -> None:

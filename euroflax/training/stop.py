@@ -3,7 +3,7 @@
 import contextlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from euroflax.experiment import ExperimentError, Interrupted
 from euroflax.processes import ended_by_signals
@@ -34,14 +34,16 @@ class Stop:
         """Sets the deadline, so many seconds after the start of the command."""
         self.deadline = self.began + seconds
 
-    def at_once(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
         """Inside it a signal ends the process at once: for where there is nothing to save and nothing to ask.
 
         Raises:
             Interrupted: there is a wish already.
         """
-        self.check()
-        return ended_by_signals() if self.listens else contextlib.nullcontext()
+        with ended_by_signals() if self.listens else contextlib.nullcontext():
+            self.check()  # here and not before: what comes between a check and the beginning would be forgotten
+            yield
 
     @property
     def reason(self) -> str | None:

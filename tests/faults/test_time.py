@@ -51,6 +51,10 @@ time_t time(time_t *t) {
 """
 
 
+COMPILERS_ALARM = re.compile(r"(E\d{4} .*slow_operation_alarm.cc.*|\*+|\[Compiling module .*|)\n")
+"""XLA times its own compilations by the wall clock, and says that one took ten days where the jump falls into it."""
+
+
 def test_a_wall_clock_that_jumps_changes_nothing(case, tmp_path, fault):
     fault.expected(
         "the wall clock jumps a day back and ten days on, under a time limit of ten minutes",
@@ -62,7 +66,7 @@ def test_a_wall_clock_that_jumps_changes_nothing(case, tmp_path, fault):
     command = ["cc", "-shared", "-fPIC", "-o", str(tmp_path / "jumps.so"), str(tmp_path / "jumps.c"), "-ldl"]
     subprocess.run(command, check=True)
     done = case.run("--time-limit", "0:10", environment={"LD_PRELOAD": str(tmp_path / "jumps.so")})
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.returncode == 0 and COMPILERS_ALARM.sub("", done.stderr) == "", done.stderr
     assert deterministic(case.run_dir) == case.undisturbed
     (session,) = json.loads((case.run_dir / "manifest.json").read_text())["sessions"]
     assert abs(int(session["to"][8:10]) - int(session["from"][8:10])) > 0 or session["to"][:7] != session["from"][:7]

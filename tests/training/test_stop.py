@@ -1,5 +1,8 @@
 """Wishes to stop, limits of time, and the signs of life that the watchdog looks for."""
 
+import contextlib
+import subprocess
+import sys
 import time
 
 import pytest
@@ -45,6 +48,34 @@ def test_the_first_wish_stays_and_more_of_them_change_nothing():
     assert stop.reason == "SIGTERM"
     with pytest.raises(Interrupted, match="stopped by SIGTERM; the same command goes on"):
         stop.check()
+
+
+def test_a_wish_that_comes_as_a_section_without_saving_begins_is_not_forgotten(monkeypatch):
+    stop = Stop()
+    stop.listens = True
+
+    @contextlib.contextmanager
+    def late():
+        stop.request("SIGTERM")
+        yield
+
+    monkeypatch.setattr("euroflax.training.stop.ended_by_signals", late)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"), stop.at_once():
+        raise AssertionError("it began nevertheless")
+
+
+def test_a_signal_in_the_last_moment_of_such_a_section_ends_the_process_and_is_said_once():
+    program = """
+import os, signal
+from euroflax.processes import ended_by_signals
+signal.signal(signal.SIGTERM, lambda *_: None)
+with ended_by_signals():
+    os.kill(os.getpid(), signal.SIGTERM)
+print("went on")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (75, "")
+    assert done.stderr == "stopped by SIGTERM; the same command goes on\n"
 
 
 @pytest.fixture
