@@ -1,3 +1,4 @@
+import contextlib
 import json
 import pathlib
 import shutil
@@ -246,6 +247,20 @@ def test_the_last_ones_and_every_kth_are_kept_and_deleted_ones_go_through_the_tr
         assert verify(path, step) is None
     opened(path)[0].close()
     assert {file.stem for file in (path / "manifests").iterdir()} == {"4", "7", "8"}
+
+
+def test_one_is_kept_from_before_the_steps_that_a_run_may_want_to_go_back(copied):
+    path, state = copied[0], jax.device_put(copied[1])
+    kept = {}
+    with contextlib.closing(Checkpoints(path, Checkpoint(keep_last=2), pytest.fail, return_steps=3)) as checkpoints:
+        for step in range(3, 10):
+            checkpoints.save(step, state, {"step": step})
+            checkpoints.wait()
+            kept[step] = sorted(listed_steps(path))
+    assert kept[4] == [1, 2, 3, 4]  # before there are so many steps, the first
+    assert kept[6] == [2, 4, 5, 6] and kept[8] == [4, 6, 7, 8]
+    for last, steps in kept.items():  # whichever of the three last steps was refused first, also if `last` is harmed
+        assert steps[0] <= max(1, last - 1 - 3) and steps[0] >= last - 2 * 3 - 1
 
 
 def test_the_manifest_holds_a_hash_of_every_file(copied):

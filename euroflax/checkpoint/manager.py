@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import errno
 import functools
 import logging
@@ -10,7 +11,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 import jax
@@ -48,15 +49,22 @@ class SaveFailed(Exception):
 class Checkpoints:
     """The checkpoints of one run, for all processes of the job; process 0 keeps the manifests."""
 
-    def __init__(self, path: pathlib.Path, declared: experiment.Checkpoint, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        path: pathlib.Path,
+        declared: experiment.Checkpoint,
+        note: Callable[[str], None],
+        return_steps: int | None = None,
+    ) -> None:
         """Opens the folder, empties its trash and puts aside what no manifest vouches for.
 
         Args:
             path: the folder `checkpoints` of a run.
             declared: what to keep.
             note: told, in a sentence, of each checkpoint that is passed over.
+            return_steps: how many steps the run may want to go back; a checkpoint from before them is kept too.
         """
-        self._path, self._note = path.resolve(), note
+        self._path, self._note, self._return_steps = path.resolve(), note, return_steps
         self._finishing: concurrent.futures.Future | None = None
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         _quiet()
@@ -69,14 +77,16 @@ class Checkpoints:
         self._manager = self._open_manager()
 
     def _open_manager(self) -> ocp.CheckpointManager:
-        policies = checkpoint_managers.preservation_policy
-        keep: list = [policies.LatestN(max(self._declared.keep_last, 2))]  # the last is unproven until it is hashed
+        keep_last = max(self._declared.keep_last, 2)  # the last is unproven until it is hashed
+        keep: list = [checkpoint_managers.LatestN(keep_last)]
         if self._declared.keep_every_steps is not None:
-            keep.append(policies.EveryNSteps(self._declared.keep_every_steps))
+            keep.append(checkpoint_managers.EveryNSteps(self._declared.keep_every_steps))
+        if self._return_steps is not None:
+            keep.append(_Behind(self._return_steps))
         return ocp.CheckpointManager(
             self._path,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep),
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
                 should_save_fn=lambda step, latest: True,
                 todelete_subdir=TRASH,
             ),
@@ -224,6 +234,28 @@ class Checkpoints:
     def _close_manager(self) -> None:
         with contextlib.suppress(Exception):  # of the save that failed, once more
             self._manager.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Behind(checkpoint_managers.PreservationPolicy):
+    """Keeps a checkpoint so many steps behind the last but one, for the last is unproven, or else the first of all.
+
+    And the one after it, which takes its place in time: so it is twice as many steps behind at most, and one save.
+    """
+
+    steps: int
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: checkpoint_managers.PreservationContext,
+    ) -> Sequence[bool]:
+        """Whether to keep each of the checkpoints, which are in the order of their steps."""
+        numbers = [checkpoint.step for checkpoint in checkpoints]
+        behind = [number for number in numbers if number <= numbers[-2:][0] - self.steps]
+        first = max(len(behind) - 1, 0)
+        return [first <= i <= first + 1 for i in range(len(numbers))]
 
 
 def _reason(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from euroflax.data import documents, tokenizer
 from euroflax.data.fingerprints import Progress, digests
 from euroflax.data.packings import Packings, make_packings, open_packings
 from euroflax.data.store import FORMAT, NotPrepared, Store, StoreWriter, open_store
-from euroflax.data.tokenize import ALL, HELD_OUT, TRAIN, Tokenize, TokenizingPool
+from euroflax.data.tokenize import ALL, HELD_OUT, TRAIN, Tokenize, TokenizingPool, train_apart
 from euroflax.data.tokenizer import Tokenizer
 from euroflax.data.withdrawals import Ids, Withdrawal, continued, read_history, read_lists
 from euroflax.experiment import Experiment, ExperimentError, Source, fingerprint
@@ -237,7 +237,7 @@ def _train_tokenizer(experiment: Experiment, path: pathlib.Path, digests: dict[s
         done += size
         progress("tokenizer", done, max(total, done))
 
-    text = tokenizer.train(experiment, files, advance)
+    text = train_apart(experiment, files, advance)
     progress("tokenizer", done, done)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, text)

@@ -1,4 +1,4 @@
-"""Documents to tokens, spread over worker processes: in order, and with a bounded number of batches in memory."""
+"""Work of other processes: documents to tokens, in order and with few batches in memory, and a tokenizer's training."""
 
 import collections
 import concurrent.futures
@@ -10,15 +10,22 @@ import pathlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 
 import numpy as np
 
 from euroflax.data import documents, tokenizer
 from euroflax.data.documents import BadLine, Document, RawBatch
 from euroflax.data.tokenizer import Tokenizer
-from euroflax.experiment import RunFailed, Source
+from euroflax.experiment import Experiment, ExperimentError, RunFailed, Source
 
 TRAIN, HELD_OUT, ALL = "train", "held-out", "all"
+_DIED = (
+    "a worker process died, for want of memory or of if __name__ == '__main__': in the script that called; nothing "
+    "half is left"
+)
+_REPORTED_BYTES = 1 << 20
+_LOOK_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,24 +77,25 @@ def _result(future: concurrent.futures.Future, source: Source) -> Tokenized:
     try:
         return future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
-        raise RunFailed(
-            f"source {source.name}: a worker process died, for want of memory or of if __name__ == '__main__': in the "
-            "script that called; nothing half is left"
-        ) from error
+        raise RunFailed(f"source {source.name}: {_DIED}") from error
 
 
 _worker_tokenizer: Tokenizer
 
 
-def _start_worker(tokenizer_path: str) -> None:
+def _serve() -> None:
     """Runs first in each worker: no reaction to signals, which are the parent's to handle, and no life without it."""
-    global _worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _start_worker(tokenizer_path: str) -> None:
+    global _worker_tokenizer
+    _serve()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_tokenizer = tokenizer.read(pathlib.Path(tokenizer_path))
 
 
@@ -108,3 +116,61 @@ def _tokenize(batch: RawBatch, source: Source, split: str) -> Tokenized:
 
 def _belongs(document: Document, source: Source, split: str) -> bool:
     return split == ALL or documents.is_held_out(document, source.holdout_fraction) == (split == HELD_OUT)
+
+
+def train_apart(experiment: Experiment, files: dict[str, list[pathlib.Path]], advance: Callable[[int], None]) -> str:
+    """What `tokenizer.train` returns; this process looks up meanwhile, and can be told to stop.
+
+    Args:
+        experiment: its sources and the size of its vocabulary are used.
+        files: the files of each source by name.
+        advance: told the bytes read since it was told last, and of none several times a second while the vocabulary
+            is made of what was read; what it raises ends the training.
+
+    Raises:
+        ExperimentError: the sample does not fill the vocabulary.
+        RunFailed: the process that trains died.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    worker = context.Process(target=_train, args=(sender, experiment, files), daemon=True)
+    worker.start()
+    sender.close()
+    has_read = False
+    try:
+        while True:
+            if receiver.poll(_LOOK_SECONDS):
+                told = receiver.recv()
+                if isinstance(told, ExperimentError):
+                    raise told
+                if isinstance(told, str):
+                    return told
+                advance(told)
+                has_read = told == 0
+            elif has_read:  # and not before: a read that hangs is no sign of life
+                advance(0)
+    except EOFError as error:
+        raise RunFailed(f"data.tokenizer: {_DIED}") from error
+    finally:
+        worker.kill()
+        worker.join()
+        receiver.close()
+
+
+def _train(sender: Connection, experiment: Experiment, files: dict[str, list[pathlib.Path]]) -> None:
+    _serve()
+    read = 0
+
+    def advance(size: int) -> None:
+        nonlocal read
+        read += size
+        if read >= _REPORTED_BYTES or size == 0:
+            sender.send(read)
+            read = 0
+        if size == 0:
+            sender.send(0)
+
+    try:
+        sender.send(tokenizer.train(experiment, files, advance))
+    except ExperimentError as fault:
+        sender.send(fault)

@@ -101,7 +101,7 @@ def train(experiment: Experiment, files: dict[str, list[pathlib.Path]], advance:
     Args:
         experiment: its sources and the size of its vocabulary are used.
         files: the files of each source by name.
-        advance: told the number of bytes of each text read.
+        advance: told the number of bytes of each text read, and 0 behind the last one.
 
     Raises:
         ExperimentError: the sample does not fill the vocabulary.
@@ -151,6 +151,7 @@ def balanced_sample(
             share = budget * (i + 1) // len(sources) - budget * i // len(sources)
             for j, file in enumerate(names):
                 yield from _first_bytes(source, file, share * (j + 1) // len(names) - share * j // len(names), advance)
+    advance(0)
 
 
 def _first_bytes(source: Source, file: pathlib.Path, budget: int, advance: Callable[[int], None]) -> Iterator[str]:

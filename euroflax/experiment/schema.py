@@ -169,7 +169,7 @@ class Guard:
     """More steps than these that are not applied, of the last `window_steps`, or most of all steps, are too many."""
     max_returns: int = 0
     """How often the run, where there are too many, goes back to the checkpoint before them and on without their rows;
-    then, or where it is 0, it ends."""
+    then, or where it is 0, it ends. Where it is not, one or two more checkpoints are kept, to go back to."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

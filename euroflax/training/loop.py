@@ -70,7 +70,9 @@ def train(
     record = Record(run_dir, declared, writes=jax.process_index() == 0)
     energy = Energy(device.local_hardware_id for device in jax.local_devices() if device.platform == "gpu")
     with contextlib.closing(record), contextlib.closing(energy), jax.set_mesh(mesh):
-        checkpoints = Checkpoints(run_dir / "checkpoints", declared.checkpoint, display.note)
+        guard = declared.training.guard
+        return_steps = guard.window_steps if guard.max_returns else None
+        checkpoints = Checkpoints(run_dir / "checkpoints", declared.checkpoint, display.note, return_steps)
         with contextlib.closing(checkpoints):
             job = Job(declared, prepared, weights, mesh, record, checkpoints, display, stop, clock, energy)
             with contextlib.closing(_tracking(job, track)):

@@ -143,23 +143,46 @@ def test_a_second_interrupt_from_the_keyboard_ends_at_once(case, fault):
     fault.happened(f"exit 75: {err.strip()}; {case.ends_as_undisturbed()}")
 
 
+def preparing(folder, text, vocab_size):
+    """Starts a run whose first source is a text of its own; gives the process and the cache."""
+    (folder / "big.jsonl").write_text(text)
+    declared = small(model__vocab_size=vocab_size, data__tokenizer__sample_bytes=16_000_000)
+    changed = (dataclasses.replace(declared.data.sources[0], path="big.jsonl"), *declared.data.sources[1:])
+    declared = dataclasses.replace(declared, data=dataclasses.replace(declared.data, sources=changed))
+    path = write_experiment(folder / "x.py", declared)
+    flags = ("--data-root", folder, "--cache-dir", folder / "cache", "--runs-dir", folder / "runs")
+    return start(path, *flags), folder / "cache"
+
+
 def test_sigterm_in_preparation_leaves_nothing_half(tmp_path, fault):
     fault.expected("SIGTERM in prepare", "exit 75, no store is half there, the same command goes on")
     text = "".join(json.dumps({"id": str(i), "text": f"word {i} " * 300}) + "\n" for i in range(20_000))
-    (tmp_path / "big.jsonl").write_text(text)
-    declared = small()
-    changed = (dataclasses.replace(declared.data.sources[0], path="big.jsonl"), *declared.data.sources[1:])
-    declared = dataclasses.replace(declared, data=dataclasses.replace(declared.data, sources=changed))
-    path = write_experiment(tmp_path / "x.py", declared)
-    flags = ("--data-root", tmp_path, "--cache-dir", tmp_path / "cache", "--runs-dir", tmp_path / "runs")
-    process = start(path, *flags)
-    while process.poll() is None and not list((tmp_path / "cache").glob("stores/*.partial/ends")):
+    process, cache = preparing(tmp_path, text, 512)
+    while process.poll() is None and not list(cache.glob("stores/*.partial/ends")):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75 and err.startswith("stopped by SIGTERM; the same command goes on"), err
-    assert not list((tmp_path / "cache").glob("stores/*.partial"))
+    assert not list(cache.glob("stores/*.partial"))
     fault.happened(f"exit 75: {err.strip()}; no partial store")
+
+
+def test_sigterm_in_the_training_of_the_tokenizer_does_not_wait_for_its_end(tmp_path, fault):
+    fault.expected("SIGTERM while a tokenizer is trained", "exit 75 at once, and no tokenizer")
+    letters = random.Random(0)
+    words = "".join(letters.choices("abcdefghijklmnopqrstuvwxyz  ", k=4_000_000))
+    lines = (json.dumps({"id": str(i), "text": words[i : i + 1000]}) + "\n" for i in range(0, len(words), 1000))
+    process, cache = preparing(tmp_path, "".join(lines), 400_000)
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and not children.read_text():
+        time.sleep(0.01)
+    time.sleep(2)  # it has read the sample, and counts pairs
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and err == "stopped by SIGTERM; the same command goes on\n", err
+    assert not list(cache.glob("tokenizers/*/tokenizer.json"))
+    fault.happened(f"exit 75 after {time.monotonic() - began:.1f} s: {err.strip()}")
 
 
 @pytest.mark.parametrize("verb", ["report", "train"])

@@ -248,6 +248,16 @@ def test_a_run_that_has_gone_back_as_often_as_declared_fails_and_says_so(folders
     assert verbs.latest_step(folders.run_dir(declared.name) / "checkpoints") == 2
 
 
+def test_a_checkpoint_from_before_the_first_of_many_scattered_refusals_is_still_there(folders, harmful):
+    harmful.update({33, 49, 65})  # steps 5, 7 and 9
+    guard = Guard(window_steps=8, max_skipped=2, max_returns=1)
+    declared = small(training__guard=guard, checkpoint__every_steps=1, training__tokens=16 * 512)
+    display = Notes()
+    run = verbs.train(declared, folders, display)
+    assert [note for note in display.notes if "goes back to step 2 and on without rows 32 to 71" in note]
+    assert read_rows(run.metrics)[-1] == (11, 128) and not [line for line in run.metrics if "skipped" in line]
+
+
 def test_without_a_checkpoint_before_the_stretch_or_rows_behind_it_there_is_no_return(folders, harmful):
     harmful.update({0, 8})
     with pytest.raises(RunFailed, match="there is no checkpoint yet; none is from before row 0, to go back to"):
