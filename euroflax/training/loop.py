@@ -167,9 +167,12 @@ def _go_back(job: Job, rows: Rows, bad: Range, why: str, shardings: TrainState) 
     step = int(state.step)
     job.clock.lose(job.record.cut_back(step))
     job.record.manifest.setdefault("returns", []).append({"at": now(), "step": step, "rows": bad, "why": why})
-    rows = rows.without(skipped_ranges(state))
-    _note_read(job, rows, int(state.position))
-    _note_session(job, int(state.position))
+    position = int(state.position)
+    # As a start from there would have them: what a block list withdrew since is not read once more.
+    rows = Rows(job.declared, job.prepared, job.prepared.withdrawals(position)).without(skipped_ranges(state))
+    job.record.keep_order(rows.order)
+    _note_read(job, rows, position)
+    _note_session(job, position)
     job.display.note(
         f"{why}; goes back to step {step} and on without rows {bad[0]} to {bad[1] - 1}, return {len(rows.skipped)} of "
         f"{most}"

@@ -119,9 +119,7 @@ class Record:
             )
         self.manifest |= {"versions": versions(), "data": data}
         self._check_order(order, position)
-        asked = [dataclasses.asdict(span.mixture) for span in self._declared.spans]
-        self.manifest["mixture"] = {"asked": asked, "resolved": order.to_json()}
-        self.manifest["withdrawn"] = [withdrawal.summary() for withdrawal in order.withdrawals]
+        self.keep_order(order)
         self.manifest["sources"] = [_provenance(*part) for part in (*prepared.train, *prepared.evaluation)]
         if not self.manifest.get("tokenizer") and self._writes:
             self.manifest["tokenizer"] = tokenizer_figures(self._declared, prepared)
@@ -133,9 +131,16 @@ class Record:
         )
         if self._writes:
             replace_json(self.path / "experiment.json", to_json(self._declared))
-            write_history(self.path, order.withdrawals)
             self._keep_tokenizer(prepared.tokenizer_path)
             self.write_manifest()
+
+    def keep_order(self, order: Order) -> None:
+        """Notes in which order the run reads its rows, and what they leave out."""
+        asked = [dataclasses.asdict(span.mixture) for span in self._declared.spans]
+        self.manifest["mixture"] = {"asked": asked, "resolved": order.to_json()}
+        self.manifest["withdrawn"] = [withdrawal.summary() for withdrawal in order.withdrawals]
+        if self._writes:
+            write_history(self.path, order.withdrawals)
 
     def _check_order(self, order: Order, position: int) -> None:
         """Refuses an order of rows that gives those before the position otherwise than the run has read them."""

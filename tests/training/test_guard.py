@@ -216,6 +216,12 @@ def test_rows_that_lie_ahead_of_the_checkpoint_are_skipped_when_the_run_comes_to
     assert_rates_are_those_of_the_tokens(run.metrics)
 
 
+LISTED = tuple(
+    dataclasses.replace(source, block_list="mt.ids") if source.language == "mt" else source
+    for source in small().data.sources
+)
+
+
 def assert_rates_are_those_of_the_tokens(metrics):
     """The devices, which know the ranges from the state, are where the host is."""
     declared = small(**AHEAD)
@@ -373,3 +379,35 @@ def test_a_return_that_nothing_was_saved_behind_stands_all_the_same(folders, har
     assert not any("goes back" in note or "not applied" in note for note in display.notes)
     whole = verbs.train(small(name="whole", **AHEAD), folders)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, whole.params, run.params))
+
+
+def test_a_return_to_before_a_block_list_was_edited_does_not_read_the_withdrawn_documents_again(folders, harmful):
+    harmful.update({34, 50})  # steps 5 and 7
+
+    def gone_back(name, display, stop):
+        """The list is edited behind step 6; step 7 is one too many, and the run goes back to step 4."""
+        declared = small(name=name, **AHEAD, data__sources=LISTED)
+        (folders.data_root / "mt.ids").write_text("")
+        first = Stop()
+        with pytest.raises(Interrupted, match="after step 6, which is saved"):
+            verbs.train(declared, folders, StopAt(first, 6), first)
+        withdrawn = sorted(read(declared, 0, 32))[:2]
+        (folders.data_root / "mt.ids").write_text("\n".join(withdrawn))
+        verbs.train(declared, folders, display, stop)
+        return declared, withdrawn
+
+    def read(declared, start, end):
+        rows = [verbs.show(declared, folders, row) for row in range(start, end)]
+        return {document["id"] for row in rows if row.source.language == "mt" for document in row.documents}
+
+    declared, withdrawn = gone_back("whole", Notes(), Stop())
+    manifest = read_manifest(folders.run_dir("whole"))
+    assert manifest["skipped_ranges"] == [[32, 56]] and [w["position"] for w in manifest["withdrawn"]] == [0, 56]
+    later = read(declared, 56, 96)
+    assert later and not later & set(withdrawn)
+    stop = Stop()
+    with pytest.raises(Interrupted):
+        gone_back("cut", StopOnce(stop, 6), stop)
+    cut = verbs.train(small(name="cut", **AHEAD, data__sources=LISTED), folders)
+    whole = verbs.train(declared, folders)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, whole.params, cut.params))
