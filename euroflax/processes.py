@@ -1,25 +1,22 @@
 """The processes of a job: found in what a scheduler says, joined, and held to the same code, experiment and data."""
 
 import collections
-import contextlib
 import dataclasses
 import glob
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import pathlib
 import platform
 import re
-import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
+from euroflax.ending import end_at_once, ended_by_signals
 from euroflax.experiment import ExperimentError, Interrupted
 
 if TYPE_CHECKING:
@@ -202,32 +199,6 @@ def join(processes: Processes) -> Processes:
     return processes
 
 
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Inside it a signal ends this process at once: Python's handlers do not run while JAX waits or compiles.
-
-    For where there is nothing to save, in the main thread.
-    """
-    woken, wakes = os.pipe()
-    os.set_blocking(wakes, False)
-
-    def wait() -> None:
-        if number := os.read(woken, 1):
-            name = signal.Signals(number[0]).name
-            end_at_once(f"stopped by {name}; the same command goes on", Interrupted.exit_status)
-        os.close(woken)
-
-    before = signal.set_wakeup_fd(wakes)
-    waiter = threading.Thread(target=wait, daemon=True)
-    waiter.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(wakes)
-        waiter.join()  # where a signal came, it ends the process: nothing is said or done beside it
-
-
 def _nobody_came(processes: Processes) -> None:
     """Ends this process where another one has not joined in time."""
     end_at_once(
@@ -334,10 +305,3 @@ def gather_json(value: object) -> list:
     assert len(said) <= _SAID_BYTES
     padded = np.frombuffer(said.ljust(_SAID_BYTES), np.uint8)
     return [json.loads(bytes(row)) for row in np.asarray(multihost_utils.process_allgather(padded), np.uint8)]
-
-
-def end_at_once(text: str, status: int) -> NoReturn:
-    """Ends this process from whatever thread, with a last line on the terminal."""
-    shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides the cursor
-    print(f"{shown}\n{text}" if shown else text, file=sys.stderr, flush=True)
-    os._exit(status)

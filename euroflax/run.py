@@ -13,11 +13,12 @@ import time
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO, cast
 
+from euroflax.ending import SIGNALS, Tolerant, end, end_at_second_interrupt, say
 from euroflax.experiment import Experiment, ExperimentError, Interrupted, RunFailed, load, to_json
 from euroflax.folders import Folders, is_full
-from euroflax.processes import Processes, end_at_once
+from euroflax.processes import Processes
 from euroflax.training.stop import Stop, slurm_limit, time_limit
 from euroflax.training.watchdog import Watchdog
 
@@ -34,8 +35,6 @@ VERBS = {
     "report": "write report.html in the run folder: the run on one page; with --compare beside others",
 }
 _ON_DEVICES = ("train", "evaluate", "generate")
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""Schedulers send the last two some minutes before they end a job."""
 _HANG_MINUTES = 30.0
 _LEAST_SLURM_SECONDS = 20.0
 """A limit of Slurm's that is nearer than this when the command begins is that of a wrong clock."""
@@ -73,25 +72,24 @@ def main(arguments: list[str] | None = None) -> int:
         stop = Stop()
         _set_limit(options, stop)
         _listen(stop)
-        return _dispatch(declared, options, stop)
+        status = _dispatch(declared, options, stop)
+        sys.stdout.flush()  # here what cannot be written is still told
+        return status
     except ExperimentError as error:
         _debug(options)
         for fault in error.faults:
-            print(f"error: {_with_command(error, fault, options)}", file=sys.stderr)
+            say(f"error: {_with_command(error, fault, options)}")
         return error.exit_status
     except BrokenPipeError:  # who reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return RunFailed.exit_status
     except OSError as error:
         _debug(options)
-        print(
-            f"error: {error}; {'make room and run the same command again' if is_full(error) else 'mend that'}",
-            file=sys.stderr,
-        )
+        say(f"error: {error}; {'make room and run the same command again' if is_full(error) else 'mend that'}")
         return Interrupted.exit_status if is_full(error) else RunFailed.exit_status
     except (RunFailed, Interrupted) as error:
         _debug(options)
-        print(f"{'error: ' if isinstance(error, RunFailed) else ''}{error}", file=sys.stderr)
+        say(f"{'error: ' if isinstance(error, RunFailed) else ''}{error}")
         return error.exit_status
 
 
@@ -120,7 +118,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _debug(options: argparse.Namespace) -> None:
     if options.debug:
-        traceback.print_exc()
+        traceback.print_exc(file=cast(TextIO, Tolerant(sys.stderr)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -205,17 +203,13 @@ def _check_flags(options: argparse.Namespace) -> None:
 
 def _listen(stop: Stop) -> None:
     """From here on signals end the command in good order, with status 75; a second SIGINT at once."""
-    interrupted: list[int] = []
 
     def on_signal(number: int, _: FrameType | None) -> None:
         stop.request(signal.Signals(number).name)
-        if number == signal.SIGINT:  # a scheduler may say a thing twice; a person who does means now
-            if interrupted:
-                end_at_once("stopped by the second SIGINT; the same command goes on", Interrupted.exit_status)
-            interrupted.append(number)
 
-    for number in _SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, on_signal)
+    end_at_second_interrupt()
     stop.listens = True
 
 
@@ -278,7 +272,7 @@ def _watched(run_verb: Callable[[], int], declared: Experiment, job: Processes) 
         status = run_verb()
         sure = True
         return status
-    except (ExperimentError, Interrupted) as error:
+    except (ExperimentError, Interrupted, RunFailed) as error:
         status, sure = error.exit_status, True
         raise
     finally:
@@ -292,7 +286,10 @@ def _run_verb(declared: Experiment, options: argparse.Namespace, folders: Folder
     from euroflax.console import ConsoleDisplay, SilentDisplay
 
     stop.check()
-    display = ConsoleDisplay(Console(stderr=bool(options.json))) if options.process_id == 0 else SilentDisplay()
+    stream: TextIO = sys.stderr if options.json else sys.stdout
+    if options.json or options.verb in ("train", "prepare"):  # of other verbs it is what they were asked for
+        stream = cast(TextIO, Tolerant(stream))
+    display = ConsoleDisplay(Console(file=stream)) if options.process_id == 0 else SilentDisplay()
     try:
         result = commands.COMMANDS[options.verb](commands.Call(declared, folders, options, display, stop))
     finally:
@@ -303,7 +300,4 @@ def _run_verb(declared: Experiment, options: argparse.Namespace, folders: Folder
 
 
 if __name__ == "__main__":
-    status = main()
-    for ended in _SIGNALS:  # whoever asks again shall have the status of the first time
-        signal.signal(ended, signal.SIG_IGN)
-    sys.exit(status)
+    end(main())

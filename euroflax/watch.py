@@ -10,8 +10,9 @@ import threading
 import time
 from collections.abc import Callable
 
+from euroflax.ending import end_at_once
 from euroflax.experiment import Interrupted
-from euroflax.processes import Processes, end_at_once
+from euroflax.processes import Processes
 
 _BEAT_SECONDS = 5
 _SILENT_SECONDS = 30
@@ -100,12 +101,12 @@ class Watch:
         said, farewell = "died", False
         try:
             for line in connection.makefile("rb"):
-                kind, _, number = line.decode().strip().partition(" ")
+                kind, *numbers = line.decode().split()
                 if kind == "dead":
-                    self._end(int(number), "died")
+                    self._end(int(numbers[0]), "died")
                 elif kind == "left":
                     farewell = True
-                    self._start(self._left, peer, int(number))
+                    self._start(self._left, peer, *map(int, numbers))
         except TimeoutError:
             said = f"said nothing for {_SILENT_SECONDS} seconds"
         except OSError:
@@ -113,11 +114,14 @@ class Watch:
         if not farewell:
             self._end(peer, said)
 
-    def _left(self, peer: int, status: int) -> None:
-        """A process ends by itself; where it does not end well, the others do so too, or are ended."""
+    def _left(self, peer: int, status: int, sure: int) -> None:
+        """A process ends by itself; where it does not end well, the others do so too, or are ended.
+
+        With its status where the cause is its own: who runs the job takes one of theirs for that of the job.
+        """
         if status != 0:
             time.sleep(_GRACE_SECONDS)
-            self._end(peer, f"ended with status {status}")
+            self._end(peer, f"ended with status {status}", status if sure else Interrupted.exit_status)
 
     def _beat(self) -> None:
         while not self._leaving.wait(_BEAT_SECONDS):
@@ -133,14 +137,13 @@ class Watch:
                 except OSError:
                     continue  # its own listener tells
 
-    def _end(self, number: int, how: str) -> None:
+    def _end(self, number: int, how: str, status: int = Interrupted.exit_status) -> None:
         if self._leaving.is_set():
             return
         self._say(f"dead {number}", but=number)
-        end_at_once(
-            f"\nerror: process {number} {how}; the same command goes on from the last checkpoint",
-            Interrupted.exit_status,
-        )
+        again = "the same command goes on from the last checkpoint"
+        what = again if status == Interrupted.exit_status else "mend what it says"
+        end_at_once(f"\nerror: process {number} {how}; {what}", status)
 
     def leave(self, status: int, sure: bool) -> None:
         """Says that this process is about to end by itself. The first one waits for the ends of the others.
@@ -153,7 +156,7 @@ class Watch:
         """
         if not sure:
             time.sleep(_VERDICT_SECONDS)
-        self._say(f"left {status}")
+        self._say(f"left {status} {sure:d}")
         self._leaving.set()
         deadline = time.monotonic() + _GRACE_SECONDS + _VERDICT_SECONDS
         for listener in self._listeners if self._is_first else ():

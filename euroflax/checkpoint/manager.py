@@ -186,10 +186,10 @@ class Checkpoints:
     def go_back(self, position: int) -> bool:
         """Goes back to the latest good step that has consumed `position` rows at most, and throws later ones away.
 
+        Not while there is a save that nobody has waited for.
+
         Returns whether there is one; where there is none, all stay as they are.
         """
-        with contextlib.suppress(SaveFailed):
-            self.wait()
         found, harmed = latest_good(self._path, self._note, position) if jax.process_index() == 0 else (None, [])
         before = of_first(found)
         if before is not None:

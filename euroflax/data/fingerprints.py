@@ -1,16 +1,21 @@
 """Hashes of the text files of an experiment, so that what was made of them is found again and nothing is made twice."""
 
+import collections
 import concurrent.futures
 import hashlib
 import json
 import os
 import pathlib
+import threading
 from collections.abc import Callable
 
 from euroflax.data import documents
 from euroflax.data.store import NotPrepared
 from euroflax.experiment import Experiment, ExperimentError, Source, fingerprint
 from euroflax.folders import Folders, replace_json
+
+_PART_BYTES = 1 << 24
+_LOOK_SECONDS = 0.2
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the bytes done and the bytes in all."""
@@ -53,6 +58,11 @@ def digests(experiment: Experiment, folders: Folders, progress: Progress | None)
 
 
 def _digest_files(files: list[pathlib.Path], known: dict, source: Source, progress: Progress | None) -> list[dict]:
+    """What is to be known of files, in their order; they are read in threads, until `progress` raises."""
+    parts: collections.deque[None] = collections.deque()
+    """One for each part that was read: a file that is read for long goes on, one that hangs does not."""
+    ended = threading.Event()
+
     def digest(file: pathlib.Path) -> dict:
         try:
             stat = file.stat()
@@ -62,18 +72,29 @@ def _digest_files(files: list[pathlib.Path], known: dict, source: Source, progre
                 return old
             if progress is None:
                 raise NotPrepared(f"source {source.name}")
+            hashed = hashlib.sha256()
             with open(file, "rb") as opened:
-                return row | {"sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+                while not ended.is_set() and (part := opened.read(_PART_BYTES)):
+                    hashed.update(part)
+                    parts.append(None)
+            return row | {"sha256": hashed.hexdigest()}
         except OSError as error:
             raise ExperimentError(
                 f"source {source.name}: file {file} cannot be read ({error.strerror}); check its permissions"
             ) from error
 
-    total, done, rows = len(files), 0, []
     with concurrent.futures.ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for row in pool.map(digest, files):
-            done += 1
-            rows.append(row)
-            if total > 1 and progress is not None:
-                progress(f"fingerprint {source.name}", done, total)
-    return rows
+        futures = [pool.submit(digest, file) for file in files]
+        waiting = set(futures)
+        try:
+            while waiting:
+                ready, waiting = concurrent.futures.wait(waiting, _LOOK_SECONDS, concurrent.futures.FIRST_EXCEPTION)
+                for future in ready:
+                    future.result()
+                if parts and progress is not None:
+                    parts.clear()
+                    progress(f"fingerprint {source.name}", len(files) - len(waiting), len(files))
+        finally:
+            ended.set()
+            pool.shutdown(cancel_futures=True)
+    return [future.result() for future in futures]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from euroflax.data.order import Order
-from euroflax.data.skipping import Range
+from euroflax.data.skipping import Range, merged
 from euroflax.experiment import Experiment, Source
 from euroflax.languages import fold
 
@@ -41,10 +41,10 @@ def ledger(declared: Experiment, order: Order, position: int, skipped: Sequence[
         declared: the experiment.
         order: the order of its rows.
         position: rows consumed.
-        skipped: ranges of rows that were passed over, without overlap.
+        skipped: ranges of rows that were passed over.
     """
     counts = _counts(order, position)
-    for start, stop in skipped:
+    for start, stop in merged(skipped):
         after, before = (_counts(order, min(at, position)) for at in (stop, start))
         for name in counts:
             counts[name] = counts[name] - (after[name] - before[name])

@@ -1,6 +1,6 @@
 """Ranges of rows that a run skips, and the batches between them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from euroflax.experiment import Span
 
@@ -18,6 +18,20 @@ def next_position(position: int, skipped: Sequence[Range]) -> int:
         if start <= position < stop:
             position = stop
     return position
+
+
+def merged(ranges: Iterable[Range]) -> list[Range]:
+    """The same rows in ranges that neither touch nor overlap.
+
+    >>> merged([(4, 8), (2, 9), (10, 12)])
+    [(2, 9), (10, 12)]
+    """
+    found: list[Range] = []
+    for start, stop in sorted(ranges):
+        if found and start <= found[-1][1]:
+            start, stop = found[-1][0], max(stop, found.pop()[1])
+        found.append((start, stop))
+    return found
 
 
 def batch_stop(span: Span, position: int, skipped: Sequence[Range]) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 from euroflax.data import documents, tokenizer
 from euroflax.data.documents import BadLine, Document, RawBatch
 from euroflax.data.tokenizer import Tokenizer
+from euroflax.ending import SIGNALS, signals_held
 from euroflax.experiment import Experiment, ExperimentError, RunFailed, Source
 
 TRAIN, HELD_OUT, ALL = "train", "held-out", "all"
@@ -62,7 +63,8 @@ class TokenizingPool:
         """The documents of each batch that belong to a split, in the order of the batches."""
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         for batch in batches:
-            waiting.append(self._pool.submit(_tokenize, batch, source, split))
+            with signals_held():  # since a submission may start a worker
+                waiting.append(self._pool.submit(_tokenize, batch, source, split))
             if len(waiting) >= self._in_flight:
                 yield _result(waiting.popleft(), source)
         while waiting:
@@ -84,9 +86,12 @@ _worker_tokenizer: Tokenizer
 
 
 def _serve() -> None:
-    """Runs first in each worker: no reaction to signals, which are the parent's to handle, and no life without it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Runs first in each worker: no reaction to signals, which are the parent's to handle, and no life without it.
+
+    Until here they are held: a worker is started inside `signals_held`.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -134,13 +139,14 @@ def train_apart(experiment: Experiment, files: dict[str, list[pathlib.Path]], ad
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     worker = context.Process(target=_train, args=(sender, experiment, files), daemon=True)
-    worker.start()
-    sender.close()
     has_read = False
     try:
+        with signals_held():
+            worker.start()
+        sender.close()
         while True:
             if receiver.poll(_LOOK_SECONDS):
-                told = receiver.recv()
+                told = _hear(receiver)
                 if isinstance(told, ExperimentError):
                     raise told
                 if isinstance(told, str):
@@ -149,12 +155,17 @@ def train_apart(experiment: Experiment, files: dict[str, list[pathlib.Path]], ad
                 has_read = told == 0
             elif has_read:  # and not before: a read that hangs is no sign of life
                 advance(0)
-    except EOFError as error:
-        raise RunFailed(f"data.tokenizer: {_DIED}") from error
     finally:
         worker.kill()
         worker.join()
         receiver.close()
+
+
+def _hear(receiver: Connection) -> int | str | ExperimentError:
+    try:
+        return receiver.recv()
+    except (EOFError, OSError) as error:  # OSError: it died in the middle of a message
+        raise RunFailed(f"data.tokenizer: {_DIED}") from error
 
 
 def _train(sender: Connection, experiment: Experiment, files: dict[str, list[pathlib.Path]]) -> None:

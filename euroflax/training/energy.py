@@ -65,14 +65,21 @@ class Energy:
     def read(self) -> Reading:
         """Joules until now."""
         with self._lock:
-            for counter in (*self._gpus, *self._processors):
-                counter.look()
-            sums = [sum(c.joules for c in found) if found else None for found in (self._gpus, self._processors)]
-        return Reading(socket.gethostname(), *sums)
+            return Reading(socket.gethostname(), _sum(self._gpus), _sum(self._processors))
 
     def close(self) -> None:
         """Looks no more."""
         self._closing.set()
+
+
+def _sum(counters: list[_Counter]) -> float | None:
+    """Joules of all counters; None where there is none, or once one has failed."""
+    try:
+        for counter in counters:
+            counter.look()
+    except Exception:  # whatever the library raises, it is no matter of the run's
+        counters.clear()
+    return sum(counter.joules for counter in counters) if counters else None
 
 
 def combine(readings: Iterable[Reading], on_accelerator: bool) -> tuple[float | None, str]:

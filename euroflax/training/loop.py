@@ -12,7 +12,7 @@ import numpy as np
 
 from euroflax import evaluation, sharding
 from euroflax.accelerators import accelerator_of, estimated_joules
-from euroflax.checkpoint import Checkpoints
+from euroflax.checkpoint import Checkpoints, SaveFailed
 from euroflax.data.ledger import ledger
 from euroflax.data.loader import Rows, batches
 from euroflax.data.prepare import Prepared
@@ -71,8 +71,9 @@ def train(
     energy = Energy(device.local_hardware_id for device in jax.local_devices() if device.platform == "gpu")
     with contextlib.closing(record), contextlib.closing(energy), jax.set_mesh(mesh):
         guard = declared.training.guard
-        return_steps = guard.window_steps if guard.max_returns else None
-        checkpoints = Checkpoints(run_dir / "checkpoints", declared.checkpoint, display.note, return_steps)
+        return_steps = guard.max_returns * guard.window_steps or None  # a later return may go back from an earlier one
+        with stop.at_once():
+            checkpoints = Checkpoints(run_dir / "checkpoints", declared.checkpoint, display.note, return_steps)
         with contextlib.closing(checkpoints):
             job = Job(declared, prepared, weights, mesh, record, checkpoints, display, stop, clock, energy)
             with contextlib.closing(_tracking(job, track)):
@@ -153,6 +154,8 @@ def _go_back(job: Job, rows: Rows, bad: Range, why: str, shardings: TrainState) 
     Raises:
         RunFailed: the run may not go back, or there is nowhere to go back to or nothing to go on with.
     """
+    with contextlib.suppress(SaveFailed):
+        job.checkpoints.wait()  # in all processes, before one of them may end
     most, kept = job.declared.training.guard.max_returns, job.checkpoints.kept
     if len(rows.skipped) >= most:
         used = f"; the run has gone back {most} times (training.guard.max_returns)" if most else ""
@@ -221,17 +224,17 @@ def _first_state(job: Job) -> tuple[TrainState, TrainState]:
             digests = folder.digests() if jax.process_index() == 0 else {}
             job.record.manifest["continue_from"] = {"path": job.declared.continue_from, "files": digests}
         return state, shardings
-    state = job.checkpoints.restore(
-        abstract, functools.partial(check_facts, job.declared, job.prepared.tokenizer, job.record.path)
-    )
-    return state, shardings
+    check = functools.partial(check_facts, job.declared, job.prepared.tokenizer, job.record.path)
+    with job.stop.at_once():
+        return job.checkpoints.restore(abstract, check), shardings
 
 
 def _loop(job: Job, rows: Rows, state: TrainState, shardings: TrainState, steps: dict[int, Step]) -> TrainState:
     declared = job.declared
     step, position = int(state.step), int(state.position)
     if step == 0 or position >= declared.total_rows or _is_due(step, declared.evaluation.every_steps):
-        _evaluate(job, state, step)
+        with job.stop.at_once():
+            _evaluate(job, state, step)
     mine = functools.cache(functools.partial(sharding.local_rows, job.mesh))
     meter, saver = Meter(job, step, position, rows.skipped), Saver(job)
     loader = batches(declared, rows, position, mine)

@@ -1,6 +1,5 @@
 """Saves in the background, and what is done where one fails."""
 
-import contextlib
 import time
 
 import jax
@@ -117,10 +116,10 @@ class Saver:
         return (3 if self._job.checkpoints.is_saving else 2) * longest
 
     def _longest_seconds(self, state: object) -> float:
-        """How long a save takes, by those of the run so far, or by the size of the state."""
-        with contextlib.suppress(ValueError):
-            sessions = self._job.record.manifest["sessions"]
-            known = [session.get("saves", {}).get("longest_seconds", 0.0) for session in sessions]
-            return max(seconds for seconds in known if seconds > 0)
+        """How long a save takes, by the last two sessions that have saved, or by the size of the state."""
+        sessions = self._job.record.manifest["sessions"]
+        known = [session.get("saves", {}).get("longest_seconds", 0.0) for session in sessions]
+        if measured := [seconds for seconds in known if seconds > 0]:
+            return max(measured[-2:])
         held = (leaf.addressable_shards for leaf in jax.tree.leaves(state))
         return sum(shard.data.nbytes for shards in held for shard in shards) / _BYTES_PER_SECOND

@@ -5,8 +5,8 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 
+from euroflax.ending import ended_by_signals
 from euroflax.experiment import ExperimentError, Interrupted
-from euroflax.processes import ended_by_signals
 
 _SPARE_SECONDS = 5.0
 _LIMIT = re.compile(r"(?:(\d+)-)?(\d{1,3}):([0-5]\d)(?::([0-5]\d))?")
@@ -25,7 +25,7 @@ class Stop:
         self.deadline: float | None = None
         """Monotonic time at which the command must have ended."""
         self.reserve_seconds = 0.0
-        """How long before the deadline it is a wish to stop: what it takes to end in good order."""
+        """How long before the deadline it is a wish to stop: what it takes to end in good order; half of it at most."""
         self.listens = False
         """Whether signals of this process are wishes to it."""
         self._reason: str | None = None
@@ -50,8 +50,8 @@ class Stop:
         """What wishes to stop; None where nothing does."""
         self.asked = time.monotonic()
         if self._reason is None and self.deadline is not None:
-            left = self.deadline - self.asked - self.reserve_seconds - _SPARE_SECONDS
-            self._reason = "the time limit" if left <= 0 else None
+            reserve = min(self.reserve_seconds + _SPARE_SECONDS, (self.deadline - self.began) / 2)
+            self._reason = "the time limit" if self.deadline - self.asked <= reserve else None
         return self._reason
 
     def request(self, reason: str) -> None:

@@ -5,8 +5,8 @@ import sys
 import threading
 import time
 
+from euroflax.ending import end_at_once, say
 from euroflax.experiment import Interrupted
-from euroflax.processes import end_at_once
 from euroflax.training.stop import Stop
 
 
@@ -21,6 +21,7 @@ class Watchdog:
             hang_seconds: without a question for so long the command hangs; 0 never.
         """
         self._stop, self._hang_seconds = stop, hang_seconds
+        stop.asked = time.monotonic()
         self._closing = threading.Event()
         if hang_seconds or stop.deadline is not None:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
@@ -40,7 +41,7 @@ class Watchdog:
                     Interrupted.exit_status,
                 )
             if 0 < self._hang_seconds <= idle:
-                print(f"\nwhat each thread of this process does, innermost first, after {idle:.0f} s:", file=sys.stderr)
+                say(f"\nwhat each thread of this process does, innermost first, after {idle:.0f} s:")
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 end_at_once(
                     f"error: nothing has moved for {idle:.0f} s (--hang-minutes), the stacks are above; the same "

@@ -67,7 +67,7 @@ def test_a_wish_that_comes_as_a_section_without_saving_begins_is_not_forgotten(m
 def test_a_signal_in_the_last_moment_of_such_a_section_ends_the_process_and_is_said_once():
     program = """
 import os, signal
-from euroflax.processes import ended_by_signals
+from euroflax.ending import ended_by_signals
 signal.signal(signal.SIGTERM, lambda *_: None)
 with ended_by_signals():
     os.kill(os.getpid(), signal.SIGTERM)
