@@ -72,12 +72,7 @@ def _digest_files(files: list[pathlib.Path], known: dict, source: Source, progre
                 return old
             if progress is None:
                 raise NotPrepared(f"source {source.name}")
-            hashed = hashlib.sha256()
-            with open(file, "rb") as opened:
-                while not ended.is_set() and (part := opened.read(_PART_BYTES)):
-                    hashed.update(part)
-                    parts.append(None)
-            return row | {"sha256": hashed.hexdigest()}
+            return row | {"sha256": _digest(file, parts, ended)}
         except OSError as error:
             raise ExperimentError(
                 f"source {source.name}: file {file} cannot be read ({error.strerror}); check its permissions"
@@ -98,3 +93,13 @@ def _digest_files(files: list[pathlib.Path], known: dict, source: Source, progre
             ended.set()
             pool.shutdown(cancel_futures=True)
     return [future.result() for future in futures]
+
+
+def _digest(file: pathlib.Path, parts: collections.deque[None], ended: threading.Event) -> str:
+    """The hash of a file; adds to `parts` as it goes on, and stops where it has ended."""
+    hashed = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while not ended.is_set() and (part := opened.read(_PART_BYTES)):
+            hashed.update(part)
+            parts.append(None)
+    return hashed.hexdigest()

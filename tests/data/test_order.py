@@ -181,6 +181,8 @@ def test_skipped_ranges_are_subtracted(run):
     kept = [i for i in range(150) if not (10 <= i < 30 or 90 <= i < 110)]
     found = ledger(experiment, rows.order, 150, [(10, 30), (90, 110)])
     assert as_counts(found) == brute_force(experiment, rows, kept)
+    found = ledger(experiment, rows.order, 150, [(15, 22), (90, 105), (10, 30), (100, 110)])  # of a second return
+    assert as_counts(found) == brute_force(experiment, rows, kept)
     assert sum(totals(found, "language")[code]["tokens"] for code in ("el", "en", "mt")) == sum(e.tokens for e in found)
 
 

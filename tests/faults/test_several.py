@@ -41,12 +41,12 @@ def test_a_disk_that_is_full_for_two_processes_costs_nothing(case, disk, fault):
     while processes[0].poll() is None and latest_step(mine.checkpoints) is None:
         time.sleep(0.01)
     fill(disk)
-    began = mine.steps()
-    time.sleep(4)
+    began, said = mine.steps(), None
+    while said is None and (line := processes[0].stdout.readline()):
+        said = re.search(r"a checkpoint could not be written \(No space left on device\)[^;]*", line)
     (disk / "filler").unlink()
     statuses, outputs = ended(processes)
     assert statuses == [0, 0], outputs
-    said = re.search(r"a checkpoint could not be written \(No space left on device\)[^;]*", outputs[0][0])
     assert said and latest_step(mine.checkpoints) == 300 and verify(mine.checkpoints, 300) is None
     assert mine.steps() == 302 > began
     fault.happened(f"{said[0]}; then exit 0 in both, checkpoint 300 whole")

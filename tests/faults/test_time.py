@@ -86,8 +86,8 @@ def test_a_process_that_hangs_shows_its_stacks_and_ends(case, fault):
     manifest.unlink()
     os.mkfifo(manifest)  # reading it waits for a writer that does not come
     began = time.monotonic()
-    hung = case.run("--hang-minutes", "0.1")
-    assert hung.returncode == 75 and time.monotonic() - began < 60, hung.stderr
+    hung = case.run("--hang-minutes", "0.3")
+    assert hung.returncode == 75 and time.monotonic() - began < 100, hung.stderr
     assert "in verify" in hung.stderr and hung.stderr.lower().count("thread 0x") > 1, hung.stderr
     said = hung.stderr.strip().splitlines()[-1]
     assert re.match(r"error: nothing has moved for \d+ s \(--hang-minutes\), the stacks are above", said)
@@ -143,7 +143,7 @@ def test_a_step_that_does_not_end_by_the_limit_is_cut_short(case, fault):
     manifest.unlink()
     os.mkfifo(manifest)
     began = time.monotonic()
-    done = case.run("--time-limit", "0:00:12")
-    assert done.returncode == 75 and 11 < time.monotonic() - began < 40, done.stderr
+    done = case.run("--time-limit", "0:00:24")
+    assert done.returncode == 75 and 23 < time.monotonic() - began < 100, done.stderr
     assert done.stderr.startswith("the time limit came before the command could end in good order"), done.stderr
     fault.happened(f"exit 75: {done.stderr.strip()}")

@@ -48,6 +48,14 @@ def test_counters_that_are_not_there_or_not_for_us_give_nothing(powercap, tmp_pa
     assert Energy(powercap=powercap).read().processors is None
 
 
+def test_a_counter_that_fails_later_gives_no_figure_and_no_fault(powercap):
+    counters = Energy(powercap=powercap)
+    assert counters.read().processors == 0
+    (powercap / "intel-rapl:1" / "energy_uj").unlink()
+    assert counters.read().processors is None and counters.read().processors is None
+    counters.close()
+
+
 @pytest.fixture
 def nvml(monkeypatch):
     """NVML of four GPUs, of which each has used a hundred joules more than the one before."""

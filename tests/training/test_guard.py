@@ -381,6 +381,7 @@ def test_a_return_that_nothing_was_saved_behind_stands_all_the_same(folders, har
     assert jax.tree.all(jax.tree.map(jnp.array_equal, whole.params, run.params))
 
 
+@pytest.mark.slow
 def test_a_return_to_before_a_block_list_was_edited_does_not_read_the_withdrawn_documents_again(folders, harmful):
     harmful.update({34, 50})  # steps 5 and 7
 
