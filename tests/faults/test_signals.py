@@ -1,6 +1,5 @@
 """SIGKILL at any moment; SIGTERM, and what schedulers send, in each phase; two starts; a folder that moves."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -189,6 +188,34 @@ def test_sigterm_in_the_training_of_the_tokenizer_does_not_wait_for_its_end(tmp_
     fault.happened(f"exit 75 after {time.monotonic() - began:.1f} s: {err.strip()}")
 
 
+def reading(case, file, *flags):
+    """The command in the midst of reading a file, which never ends."""
+    file.unlink()
+    os.mkfifo(file)
+    process = case.start(*flags)
+    while process.poll() is None:
+        try:
+            os.open(file, os.O_WRONLY | os.O_NONBLOCK)  # and left open: it waits for what is written there
+            break
+        except OSError:  # ENXIO: nobody reads it yet
+            time.sleep(0.01)
+    return process
+
+
+def test_sigterm_while_checkpoints_are_read_does_not_wait_for_it(case, fault):
+    fault.expected("SIGTERM while the checkpoint to go on from is read", "exit 75 at once; the same command goes on")
+    assert case.stopped(20).returncode == 75
+    manifest = case.checkpoints / "manifests" / f"{latest_step(case.checkpoints)}.json"
+    content = manifest.read_bytes()
+    process = reading(case, manifest)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and err == "stopped by SIGTERM; the same command goes on\n", err
+    manifest.unlink()
+    manifest.write_bytes(content)
+    fault.happened(f"exit 75: {err.strip()}; {case.ends_as_undisturbed()}")
+
+
 @pytest.mark.parametrize("verb", ["report", "train"])
 def test_sigterm_in_the_report_leaves_the_page_whole_or_as_it_was(undisturbed, tmp_path, fault, verb):
     where = "report" if verb == "report" else "the report behind a run"
@@ -198,15 +225,7 @@ def test_sigterm_in_the_report_leaves_the_page_whole_or_as_it_was(undisturbed, t
     lines = (case.run_dir / "metrics.jsonl").read_text().splitlines()
     (case.run_dir / "metrics.jsonl").write_text("\n".join(lines * 2000) + "\n")
     before = (case.run_dir / "report.html").read_bytes()
-    if verb == "report":
-        (case.run_dir / "manifest.json").unlink()
-        os.mkfifo(case.run_dir / "manifest.json")
-    process = case.start(verb)
-    held = None  # the end of the pipe at which it reads, and waits
-    while verb == "report" and held is None and process.poll() is None:
-        with contextlib.suppress(OSError):  # ENXIO: it has not come to the record yet
-            held = os.open(case.run_dir / "manifest.json", os.O_WRONLY | os.O_NONBLOCK)
-        time.sleep(0.01)
+    process = case.start(verb) if verb == "train" else reading(case, case.run_dir / "manifest.json", verb)
     while verb == "train" and "run folder" not in (line := process.stdout.readline()):
         assert line
     assert process.poll() is None
@@ -214,8 +233,6 @@ def test_sigterm_in_the_report_leaves_the_page_whole_or_as_it_was(undisturbed, t
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75 and err == "stopped by SIGTERM; the same command goes on\n", err
     assert (case.run_dir / "report.html").read_bytes() == before
-    if held is not None:
-        os.close(held)
     fault.happened(f"exit 75: {err.strip()}; the page is the one before")
 
 
