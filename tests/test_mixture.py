@@ -318,6 +318,7 @@ def test_a_run_of_stages_that_is_stopped_in_each_of_them_ends_bitwise_the_same(f
     assert manifests[0]["ledger"] == manifests[1]["ledger"] and len(manifests[1]["sessions"]) == len(stops) + 1
 
 
+@pytest.mark.slow
 def test_the_learning_rate_counts_tokens_over_all_stages(folders):
     declared = staged(training__schedule__warmup_tokens=3000, training__schedule__decay_tokens=0)
     lines = [line for line in verbs.train(declared, folders).metrics if "loss" in line]
@@ -402,6 +403,7 @@ def test_a_list_that_cannot_be_read_or_takes_all_is_refused(folders):
         verbs.train(declared, folders)
 
 
+@pytest.mark.slow
 def test_a_held_out_document_that_is_withdrawn_is_not_evaluated_on(folders):
     sources = tuple(dataclasses.replace(s, holdout_fraction=0.4, block_list="ids") for s in small().data.sources)
     declared = small(data__sources=sources)

@@ -76,6 +76,7 @@ def test_two_processes_give_the_losses_of_one_and_one_goes_on_where_two_stopped(
     assert len(session) == 1 and session[0]["processes"] == 2
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_one_step_and_another_number_goes_on(alone, tmp_path):
     path, folder = alone
     processes = job(path, tmp_path, folder / "cache", 2, 4)

@@ -388,6 +388,7 @@ def test_the_command_exports_in_the_asked_type(exported, tmp_path):
     assert {str(value.dtype) for value in held.values()} == {"bfloat16"}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_any_mesh_is_exported_alike(exported, cache, tmp_path):
     declared = override(exported[0], {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2, "training.tokens": 1024})
     folders = Folders(cache_dir=cache, runs_dir=tmp_path, data_root=tmp_path)

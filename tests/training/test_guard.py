@@ -254,6 +254,7 @@ def test_a_run_that_has_gone_back_as_often_as_declared_fails_and_says_so(folders
     assert verbs.latest_step(folders.run_dir(declared.name) / "checkpoints") == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_the_first_of_many_scattered_refusals_is_still_there(folders, harmful):
     harmful.update({33, 49, 65})  # steps 5, 7 and 9
     guard = Guard(window_steps=8, max_skipped=2, max_returns=1)
@@ -353,6 +354,7 @@ def test_a_stop_behind_a_refused_step_waits_for_one_that_is_applied(folders, pla
     assert verbs.latest_step(folders.run_dir("tiny_eu24") / "checkpoints") == 5
 
 
+@pytest.mark.slow
 def test_a_stop_behind_many_refused_steps_saves_nothing_and_says_so(folders, planted):
     planted.update(range(11, 18))
     declared = small(checkpoint__every_steps=2, training__tokens=40 * 512, training__guard=Guard(max_skipped=30))
