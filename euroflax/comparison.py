@@ -52,6 +52,7 @@ def _read(run_dir: pathlib.Path) -> dict:
         "total": declared.total_tokens,
         "steps": len(steps),
         "skipped": sum("skipped" in line for line in steps),
+        "returns": len(manifest.get("returns", [])),
         "loss": steps[-1]["loss"] if steps else None,
         "bits": evaluations[-1]["figures"] if evaluations else {},
         "evaluated": evaluations[-1]["tokens"] if evaluations else None,

@@ -2,11 +2,13 @@
 
 import contextlib
 import functools
+import io
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import NoReturn, TextIO
 
 from euroflax.experiment import Interrupted
@@ -38,9 +40,20 @@ class Tolerant:
         return getattr(self._stream, name)
 
 
-def say(text: str) -> None:
-    """Prints a line on stderr, where that can be done."""
-    print(text, file=Tolerant(sys.stderr), flush=True)
+def open_streams() -> None:
+    """Gives this process a standard output and error where it began without, and such that take any character."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Prints a line, on stderr unless told where, if that can be done."""
+    print(text, file=Tolerant(stream or sys.stderr), flush=True)
 
 
 def end_at_once(text: str, status: int) -> NoReturn:
@@ -115,6 +128,7 @@ def end_at_second_interrupt() -> None:
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
     """Inside it no signal that is a wish to stop comes; a process that is started there never sees one."""
+    resource_tracker.ensure_running()  # which multiprocessing would start inside, and let signals in again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import jinja2
 
 from euroflax.data.ledger import Entry, totals
+from euroflax.data.skipping import merged
 from euroflax.experiment import Experiment, ExperimentError, from_json
 from euroflax.folders import replace_file
 from euroflax.languages import LANGUAGES
@@ -52,6 +53,14 @@ def write(run_dir: pathlib.Path) -> pathlib.Path:
     return run_dir / "report.html"
 
 
+def _passed_over(declared: Experiment, manifest: dict) -> int:
+    """Tokens until the run's position in rows that it skipped after it went back."""
+    position = manifest.get("ledger", {}).get("position", 0)
+    ranges = merged((start, stop) for start, stop in manifest.get("skipped_ranges", []))
+    until = [(min(start, position), min(stop, position)) for start, stop in ranges]
+    return sum(declared.tokens_at(stop) - declared.tokens_at(start) for start, stop in until)
+
+
 def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: dict | None) -> str:
     steps = [line for line in metrics if "loss" in line]
     evaluations = evaluations_of(metrics)
@@ -64,6 +73,7 @@ def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: 
         "skipped": [line for line in steps if "skipped" in line],
         "done": steps[-1]["tokens"] if steps else 0,
         "total": declared.total_tokens,
+        "passed_over": _passed_over(declared, manifest),
         "evaluations": evaluations,
         "columns": _columns(evaluations),
         "most_bits": max((y for line in evaluations for y in line["figures"].values() if y is not None), default=0),

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn, TextIO, cast
 
-from euroflax.ending import SIGNALS, Tolerant, end, end_at_second_interrupt, say
+from euroflax.ending import SIGNALS, Tolerant, end, end_at_second_interrupt, open_streams, say
 from euroflax.experiment import Experiment, ExperimentError, Interrupted, RunFailed, load, to_json
 from euroflax.folders import Folders, is_full
 from euroflax.processes import Processes
@@ -34,6 +34,8 @@ VERBS = {
     "export": "write the latest checkpoint as a Hugging Face folder, hf in the run folder",
     "report": "write report.html in the run folder: the run on one page; with --compare beside others",
 }
+_MAKE_FILES = ("train", "prepare", "export", "report")
+"""What these print is beside the matter."""
 _ON_DEVICES = ("train", "evaluate", "generate")
 _HANG_MINUTES = 30.0
 _LEAST_SLURM_SECONDS = 20.0
@@ -73,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         _set_limit(options, stop)
         _listen(stop)
         status = _dispatch(declared, options, stop)
-        sys.stdout.flush()  # here what cannot be written is still told
+        if options.json or options.verb not in _MAKE_FILES:
+            sys.stdout.flush()  # here what cannot be written is still told
         return status
     except ExperimentError as error:
         _debug(options)
@@ -238,9 +241,10 @@ def _dispatch(declared: Experiment, options: argparse.Namespace, stop: Stop) -> 
 
         run_dir = folders.run_dir(declared.name)
         with stop.at_once():
-            print(f"report      {report.write(run_dir)}")
+            say(f"report      {report.write(run_dir)}", sys.stdout)
             if options.compare:
-                print(f"comparison  {comparison.write(run_dir, [folders.find_run(name) for name in options.compare])}")
+                others = [folders.find_run(name) for name in options.compare]
+                say(f"comparison  {comparison.write(run_dir, others)}", sys.stdout)
         return 0
     from euroflax import devices, processes
 
@@ -287,7 +291,7 @@ def _run_verb(declared: Experiment, options: argparse.Namespace, folders: Folder
 
     stop.check()
     stream: TextIO = sys.stderr if options.json else sys.stdout
-    if options.json or options.verb in ("train", "prepare"):  # of other verbs it is what they were asked for
+    if options.json or options.verb in _MAKE_FILES:  # of other verbs it is what they were asked for
         stream = cast(TextIO, Tolerant(stream))
     display = ConsoleDisplay(Console(file=stream)) if options.process_id == 0 else SilentDisplay()
     try:
@@ -300,4 +304,5 @@ def _run_verb(declared: Experiment, options: argparse.Namespace, folders: Folder
 
 
 if __name__ == "__main__":
+    open_streams()
     end(main())

@@ -1,6 +1,7 @@
 """How a process ends: what it says last, and its status, whatever becomes of its output."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -8,13 +9,15 @@ import sys
 import pytest
 
 from euroflax.ending import Tolerant
+from tests.conftest import ROOT
 
 
 def ends(program, **streams):
     """Runs a program that ends, by itself, in a process of its own."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
     buffered = os.environ | {"PYTHONUNBUFFERED": ""}
-    return subprocess.run([sys.executable, "-c", program], text=True, timeout=60, env=buffered, **streams)
+    command = [sys.executable, program] if isinstance(program, pathlib.Path) else [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=ROOT, text=True, timeout=60, env=buffered, **streams)
 
 
 def test_a_signal_in_the_last_moment_of_such_a_section_ends_the_process_and_is_said_once():
@@ -95,9 +98,9 @@ hashlib.pbkdf2_hmac("sha256", b"", b"", 2 * 10**9)
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"])
-def test_a_worker_that_is_started_while_signals_are_held_sees_none_of_them(number):
-    program = f"""
-import multiprocessing, os, signal, time
+def test_a_worker_of_a_group_that_is_signalled_as_it_starts_works_on(tmp_path, number):
+    (tmp_path / "program.py").write_text(f"""
+import multiprocessing, os, signal, threading, time
 from euroflax.data.tokenize import _serve
 from euroflax.ending import signals_held
 noted = []
@@ -105,17 +108,42 @@ def work(sender):
     _serve()
     time.sleep(0.2)
     sender.send("done")
+def signals():
+    for _ in range(100):
+        os.killpg(0, signal.{number})
+        time.sleep(0.01)
 if __name__ == "__main__":
     signal.signal(signal.{number}, lambda *_: noted.append(1))
     os.setpgid(0, 0)
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    worker = multiprocessing.get_context("fork").Process(target=work, args=(sender,))
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    worker = context.Process(target=work, args=(sender,))
+    threading.Thread(target=signals).start()
     with signals_held():
         worker.start()
-    for _ in range(20):
-        os.killpg(0, signal.{number})
-        time.sleep(0.01)
     sender.close()
     print(receiver.recv(), bool(noted))
+""")
+    done = ends(tmp_path / "program.py")
+    assert (done.stdout, done.stderr) == ("done True\n", "")
+
+
+def test_a_process_that_began_without_output_is_given_one_that_takes_all_characters():
+    program = """
+import sys
+from euroflax import ending
+ending.open_streams()
+print("\u00fc", file=sys.stdout)
+print("\u00fc", file=sys.stderr)
+file = open(sys.argv[1], "w")
+assert file.fileno() > 2, "what libraries write to stderr would go into it"
+ending.end(75)
 """
-    assert ends(program).stdout == "done True\n"
+    for closed in (">&- 2>&-", ">&-", "2>&-"):
+        command = f'exec "$0" -c "$1" "$2" {closed}'
+        given = ["sh", "-c", command, sys.executable, program, os.devnull]
+        assert subprocess.run(given, capture_output=True, timeout=60).returncode == 75
+    ascii_only = subprocess.run(
+        [sys.executable, "-c", program, os.devnull], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+    )
+    assert (ascii_only.returncode, ascii_only.stdout) == (75, b"\\xfc\n")

@@ -22,8 +22,8 @@ from euroflax.experiment import Experiment, ExperimentError, RunFailed, Source
 
 TRAIN, HELD_OUT, ALL = "train", "held-out", "all"
 _DIED = (
-    "a worker process died, for want of memory or of if __name__ == '__main__': in the script that called; nothing "
-    "half is left"
+    "a worker process died, as in a script (a file, not stdin) that calls without if __name__ == '__main__':, or for "
+    "want of memory; nothing half is left"
 )
 _REPORTED_BYTES = 1 << 20
 _LOOK_SECONDS = 0.2
@@ -146,7 +146,11 @@ def train_apart(experiment: Experiment, files: dict[str, list[pathlib.Path]], ad
         sender.close()
         while True:
             if receiver.poll(_LOOK_SECONDS):
-                told = _hear(receiver)
+                try:
+                    told = receiver.recv()
+                except (EOFError, OSError) as error:  # OSError: it died in the middle of a message
+                    advance(0)
+                    raise RunFailed(f"data.tokenizer: {_DIED}") from error
                 if isinstance(told, ExperimentError):
                     raise told
                 if isinstance(told, str):
@@ -159,13 +163,6 @@ def train_apart(experiment: Experiment, files: dict[str, list[pathlib.Path]], ad
         worker.kill()
         worker.join()
         receiver.close()
-
-
-def _hear(receiver: Connection) -> int | str | ExperimentError:
-    try:
-        return receiver.recv()
-    except (EOFError, OSError) as error:  # OSError: it died in the middle of a message
-        raise RunFailed(f"data.tokenizer: {_DIED}") from error
 
 
 def _train(sender: Connection, experiment: Experiment, files: dict[str, list[pathlib.Path]]) -> None:

@@ -17,6 +17,7 @@ _BYTE_VOCABULARY = 256 + NUM_SPECIAL_TOKENS
 _MAX_ROWS = 2**32 - 1
 _MAX_SEED = 2**31 - 1
 _SPLIT_BY_TENSOR = ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
+_LEAST_WINDOW = 8
 
 
 def check_types(experiment: Experiment) -> list[str]:
@@ -236,6 +237,11 @@ def _guard(experiment: Experiment) -> Iterator[str]:
     if guard.deviations is not None and not 1 <= guard.deviations < math.inf:
         yield f"training.guard.deviations={guard.deviations} would refuse common steps; use 6 or so, or None"
     yield from _at_least("training.guard.window_steps", guard.window_steps, 2)
+    if guard.deviations is not None and 2 <= guard.window_steps < _LEAST_WINDOW:
+        yield (
+            f"training.guard.window_steps={guard.window_steps} would refuse common steps, since so few say nothing of "
+            f"their deviation; use {_LEAST_WINDOW} or more, or training.guard.deviations=None"
+        )
     yield from _at_least("training.guard.max_skipped", guard.max_skipped, 0)
     yield from _at_least("training.guard.max_returns", guard.max_returns, 0)
     for name, most in (("window_steps", 10**6), ("max_skipped", 10**4), ("max_returns", 100)):

@@ -360,7 +360,8 @@ def _go_on(job: Job, doing: str) -> None:
         Interrupted: one does.
     """
     if agree(job.stop.reason is not None):
-        raise Interrupted(f"stopped in {doing}; the same command goes on from there")
+        by = job.stop.reason or "another process"
+        raise Interrupted(f"stopped by {by} in {doing}; the same command goes on from there")
 
 
 def _facts(job: Job, rows: Rows, step: int, position: int) -> dict:

@@ -26,10 +26,15 @@ class Watchdog:
         if hang_seconds or stop.deadline is not None:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
+    def _until(self, period: float) -> float:
+        """Seconds to the next look: not beyond the deadline."""
+        deadline = self._stop.deadline
+        return period if deadline is None else min(period, max(deadline - time.monotonic(), 0.01))
+
     def _watch(self) -> None:
         period = min(1.0, (self._hang_seconds or 10.0) / 10)
         looked = time.monotonic()
-        while not self._closing.wait(period):
+        while not self._closing.wait(self._until(period)):
             now, deadline = time.monotonic(), self._stop.deadline
             self._stop.asked += max(now - looked - 2 * period, 0.0)  # this thread stood too: the process was suspended
             looked = now

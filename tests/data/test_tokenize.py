@@ -55,8 +55,8 @@ def test_a_wish_to_stop_while_merges_are_counted_ends_it(endless):
 
 def test_the_death_of_the_process_is_said(endless):
     def advance(size):
-        (worker,) = multiprocessing.active_children()
-        os.kill(worker.pid, signal.SIGKILL)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
 
-    with pytest.raises(RunFailed, match=r"data\.tokenizer: a worker process died, for want of memory or"):
+    with pytest.raises(RunFailed, match=r"data\.tokenizer: a worker process died, as in a script .* want of memory"):
         train_apart(*endless, advance)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from euroflax import report, verbs
+from euroflax import comparison, report, verbs
 from euroflax.checkpoint import Checkpoints, listed_steps
 from euroflax.data.loader import Rows, empty_batch
 from euroflax.experiment import Guard, Interrupted, RunFailed, validate
@@ -165,7 +165,8 @@ def test_a_run_goes_back_before_a_bad_stretch_and_on_without_its_rows(folders, h
     again = verbs.train(small(**RETURNS), folders, display)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, run.params, again.params))
     page = report.write(run.path).read_text()
-    assert "16 to 31" in page and "went back" in page
+    assert "16 to 31" in page and "went back" in page and "1,024 of them in rows that were passed over" in page
+    assert "went back 1 time<" in comparison.write(run.path, [run.path]).read_text()
 
 
 def test_the_state_is_gone_from_memory_before_another_one_is_read(folders, harmful, monkeypatch):
