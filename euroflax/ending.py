@@ -128,9 +128,10 @@ def end_at_second_interrupt() -> None:
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
     """Inside it no signal that is a wish to stop comes; a process that is started there never sees one."""
-    resource_tracker.ensure_running()  # which multiprocessing would start inside, and let signals in again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        resource_tracker.ensure_running()  # a process of multiprocessing's own: its start lets some of them in again
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

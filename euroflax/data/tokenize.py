@@ -57,7 +57,8 @@ class TokenizingPool:
         workers = max(1, min(len(os.sched_getaffinity(0)), 64))
         context = multiprocessing.get_context("spawn")
         self._in_flight = 2 * workers
-        self._pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (str(tokenizer_path),))
+        with signals_held():
+            self._pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (str(tokenizer_path),))
 
     def tokenize(self, batches: Iterator[RawBatch], source: Source, split: str) -> Iterator[Tokenized]:
         """The documents of each batch that belong to a split, in the order of the batches."""

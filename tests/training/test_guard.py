@@ -1,6 +1,7 @@
 """What the guard refuses, on numbers, in a step and in a run; each fault is planted."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -166,7 +167,8 @@ def test_a_run_goes_back_before_a_bad_stretch_and_on_without_its_rows(folders, h
     assert jax.tree.all(jax.tree.map(jnp.array_equal, run.params, again.params))
     page = report.write(run.path).read_text()
     assert "16 to 31" in page and "went back" in page and "1,024 of them in rows that were passed over" in page
-    assert "went back 1 time<" in comparison.write(run.path, [run.path]).read_text()
+    other = shutil.copytree(run.path, run.path.with_name("other"))
+    assert "went back 1 time<" in comparison.write(run.path, [other]).read_text()
 
 
 def test_the_state_is_gone_from_memory_before_another_one_is_read(folders, harmful, monkeypatch):
