@@ -205,10 +205,26 @@ def test_going_back_throws_later_ones_away_and_saves_go_on(three):
 
 def test_going_back_to_before_the_first_one_changes_nothing(three):
     checkpoints, _, path, state = three
-    assert not checkpoints.go_back(0) and listed_steps(path) == [1, 2, 3] and checkpoints.kept == "checkpoint 3 is kept"
+    assert (
+        not checkpoints.go_back(0)
+        and listed_steps(path) == [1, 2, 3]
+        and checkpoints.settle() == "checkpoint 3 is kept"
+    )
     checkpoints.save(4, state, {"step": 4, "position": 4})
     checkpoints.wait()
     assert verify(path, 4) is None
+
+
+def test_a_checkpoint_is_said_to_be_kept_once_it_is_whole(three, monkeypatch):
+    checkpoints, _, _, state = three
+
+    def fails(folder):
+        raise OSError("no disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("euroflax.checkpoint.manager.hash_files", fails)
+        checkpoints.save(4, state, {"step": 4, "position": 4})
+        assert checkpoints.settle() == "checkpoint 3 is kept"
 
 
 @pytest.mark.parametrize("harm", [flip, lambda folder: (folder / "facts" / "metadata").write_text("{")])

@@ -186,7 +186,7 @@ class Checkpoints:
     def go_back(self, position: int) -> bool:
         """Goes back to the latest good step that has consumed `position` rows at most, and throws later ones away.
 
-        Not while there is a save that nobody has waited for.
+        Behind `settle`.
 
         Returns whether there is one; where there is none, all stay as they are.
         """
@@ -207,9 +207,13 @@ class Checkpoints:
         of_first(0)
         self._manager = self._open_manager()
 
-    @property
-    def kept(self) -> str:
-        """Which checkpoint there is, in words."""
+    def settle(self) -> str:
+        """Which checkpoint is kept, in words, once there is no save that nobody has waited for.
+
+        Every process of the job must ask, and before one of them may end.
+        """
+        with contextlib.suppress(SaveFailed):
+            self.wait()
         return "there is no checkpoint yet" if self.latest_saved is None else f"checkpoint {self.latest_saved} is kept"
 
     def restore(self, abstract_state: T, check: Callable[[dict], None]) -> T:

@@ -12,7 +12,7 @@ import numpy as np
 
 from euroflax import evaluation, sharding
 from euroflax.accelerators import accelerator_of, estimated_joules
-from euroflax.checkpoint import Checkpoints, SaveFailed
+from euroflax.checkpoint import Checkpoints
 from euroflax.data.ledger import ledger
 from euroflax.data.loader import Rows, batches
 from euroflax.data.prepare import Prepared
@@ -154,9 +154,7 @@ def _go_back(job: Job, rows: Rows, bad: Range, why: str, shardings: TrainState) 
     Raises:
         RunFailed: the run may not go back, or there is nowhere to go back to or nothing to go on with.
     """
-    with contextlib.suppress(SaveFailed):
-        job.checkpoints.wait()  # in all processes, before one of them may end
-    most, kept = job.declared.training.guard.max_returns, job.checkpoints.kept
+    most, kept = job.declared.training.guard.max_returns, job.checkpoints.settle()
     if len(rows.skipped) >= most:
         used = f"; the run has gone back {most} times (training.guard.max_returns)" if most else ""
         raise RunFailed(f"{why}; {kept}{used}")

@@ -1,6 +1,5 @@
 """The metrics of steps, read one step late so that no device waits for the host."""
 
-import contextlib
 import statistics
 import time
 from collections import deque
@@ -10,7 +9,6 @@ import numpy as np
 
 from euroflax import model
 from euroflax.accelerators import peak_flops
-from euroflax.checkpoint import SaveFailed
 from euroflax.data.skipping import Range, batch_stop, next_position
 from euroflax.experiment import RunFailed
 from euroflax.training.goodput import goodput
@@ -99,9 +97,7 @@ class Meter:
                 f"applied, the latest since {line['skipped']}; {self._look()}",
             )
         if self._position >= self._job.declared.total_rows and int(read["skipped"]) in NOT_FINITE:
-            with contextlib.suppress(SaveFailed):
-                self._job.checkpoints.wait()  # in all processes, before one of them ends
-            kept = self._job.checkpoints.kept
+            kept = self._job.checkpoints.settle()
             raise RunFailed(f"the last step of the run is not applied, {line['skipped']}; {self._look()}; {kept}")
 
     def _look(self) -> str:
