@@ -100,7 +100,7 @@ def test_sigterm_in_a_phase_ends_with_75_and_loses_nothing(cold, fault, phase):
         if phase != "evaluate" or case.steps() == 21:
             break
     assert stopped.returncode == 75 and "Traceback" not in stopped.stderr, stopped.stderr
-    assert re.search("stopped (by|in).*; the same command goes on", stopped.stderr)
+    assert re.fullmatch("stopped by SIGTERM.*; the same command goes on.*\n", stopped.stderr)
     trained = [line for line in case.lines() if "loss" in line]
     assert (latest_step(case.checkpoints) or 0) == len(trained)
     if phase == "evaluate":

@@ -268,6 +268,20 @@ def test_a_checkpoint_from_before_the_first_of_many_scattered_refusals_is_still_
     assert read_rows(run.metrics)[-1] == (11, 128) and not [line for line in run.metrics if "skipped" in line]
 
 
+@pytest.mark.parametrize(("returns", "steps"), [(0, None), (1, 128), (3, 384)])
+def test_each_return_may_go_back_a_window_from_the_one_before(folders, monkeypatch, returns, steps):
+    given = []
+
+    def opened(*arguments):
+        given.append(arguments)
+        raise Interrupted("seen")
+
+    monkeypatch.setattr(loop, "Checkpoints", opened)
+    with pytest.raises(Interrupted):
+        verbs.train(small(training__guard=Guard(max_returns=returns)), folders)
+    assert given[0][3] == steps
+
+
 def test_without_a_checkpoint_before_the_stretch_or_rows_behind_it_there_is_no_return(folders, harmful):
     harmful.update({0, 8})
     with pytest.raises(RunFailed, match="there is no checkpoint yet; none is from before row 0, to go back to"):

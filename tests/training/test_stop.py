@@ -2,10 +2,14 @@
 
 import contextlib
 import time
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from euroflax.experiment import ExperimentError, Interrupted
+from euroflax.training.job import Job
+from euroflax.training.saving import Saver
 from euroflax.training.stop import Stop, slurm_limit, time_limit
 from euroflax.training.watchdog import Watchdog
 
@@ -50,6 +54,25 @@ def test_a_save_that_once_took_for_ever_takes_half_of_the_time_at_most():
     stop.began -= 51
     stop.deadline -= 51
     assert stop.reason == "the time limit"
+
+
+def test_the_reserve_is_by_the_saves_of_the_last_two_sessions_that_saved():
+    sessions = [{"saves": {"longest_seconds": seconds}} for seconds in (7200.0, 3.0, 0.0, 4.0)]
+    record, checkpoints = SimpleNamespace(manifest={"sessions": sessions}), SimpleNamespace(is_saving=False)
+    job = SimpleNamespace(record=record, checkpoints=checkpoints)
+    assert Saver(cast(Job, job)).reserve_seconds(None) == 8.0
+    checkpoints.is_saving = True
+    assert Saver(cast(Job, job)).reserve_seconds(None) == 12.0
+
+
+def test_the_watchdog_looks_at_the_deadline_and_not_behind_it(ended):
+    stop = Stop()
+    stop.limit(3600.0)
+    watchdog = Watchdog(stop, 0.0)
+    assert watchdog._until(1.0) == 1.0
+    stop.limit(0.5)
+    assert watchdog._until(1.0) <= 0.5
+    watchdog.close()
 
 
 def test_the_first_wish_stays_and_more_of_them_change_nothing():
