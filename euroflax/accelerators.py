@@ -6,6 +6,8 @@ from typing import Literal
 _GIB = 2**30
 OVERHEAD = 1.5
 """Power of hosts, network and cooling, as a factor on that of the devices: assumed."""
+MAX_UNROLLED_CHUNKS = 32
+"""The most chunks of the loss that are compiled without a loop on CPU."""
 GPU_SHARE = 0.92
 """Of a GPU's memory, what JAX is told to take for the program: the rest is for CUDA, its libraries and NCCL."""
 

@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 
-from euroflax.accelerators import GPU_SHARE
+from euroflax.accelerators import GPU_SHARE, MAX_UNROLLED_CHUNKS
 from euroflax.experiment import Experiment, ExperimentError
 from euroflax.processes import TPU_FILES, Processes, check, join
 
@@ -64,7 +64,9 @@ def _has_accelerator() -> bool:
 def _set_flags(declared: Experiment) -> None:
     """Adds our XLA flags to those in the environment, and changes none that the user has set."""
     flags = []
-    if declared.model.compute_dtype == "bfloat16" and _jax_version() >= (0, 12):
+    chunks = declared.model.vocab_size / declared.training.loss_chunk_entries
+    has_loop = chunks > MAX_UNROLLED_CHUNKS  # which XLA takes minutes to compile with this flag
+    if declared.model.compute_dtype == "bfloat16" and _jax_version() >= (0, 12) and not has_loop:
         flags.append(f"{_ONEDNN}=true")  # bfloat16 products on CPU three times as fast
     if declared.training.deterministic:
         flags.append("--xla_gpu_deterministic_ops=true")

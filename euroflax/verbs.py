@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -93,6 +94,7 @@ def check(declared: Experiment, folders: Folders) -> dict:
             faults.extend(error.faults)
     if faults:
         raise ExperimentError(*faults)
+    planning.trace_stages(declared, _least_devices(declared))
     try:
         prepared = preparation.open_prepared(declared, folders)
     except NotPrepared:
@@ -101,6 +103,11 @@ def check(declared: Experiment, folders: Folders) -> dict:
     stages = planning.describe_stages(declared, order)
     left_out = [] if prepared is None else tables.about_withdrawn(prepared)
     return {"name": declared.name, "sources": sources, "stages": stages, "withdrawn": left_out, "faults": []}
+
+
+def _least_devices(declared: Experiment) -> int:
+    """As many devices as the mesh of an experiment needs at least."""
+    return math.prod(max(getattr(declared.mesh, axis), 1) for axis in sharding.AXES)
 
 
 def prepare(
@@ -166,8 +173,7 @@ def plan(
     if target is not None:
         num_devices = target.num_devices
     elif num_devices is None:
-        sizes = (getattr(declared.mesh, axis) for axis in sharding.AXES)
-        num_devices = functools.reduce(lambda product, size: product * max(size, 1), sizes, 1)
+        num_devices = _least_devices(declared)
     try:
         order = Rows(declared, preparation.open_prepared(declared, folders)).order
     except NotPrepared:

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 
@@ -5,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from euroflax import verbs
+from euroflax import planning, verbs
 from euroflax.data.loader import BATCH_KEYS
-from euroflax.experiment import load, validate
+from euroflax.experiment import Stage, load, override, validate
 from euroflax.languages import EU24
+from euroflax.planning import compiled
 from euroflax.training.step import init_state, train_step
 from tests.conftest import ROOT, small
 
@@ -50,3 +52,20 @@ def test_the_7b_model_has_the_languages_shares_and_sizes_that_its_name_says():
     assert all(source.expected_bytes for source in declared.data.sources)
     assert sum(declared.data.mixture.weights.values()) == pytest.approx(1, abs=1e-9)
     assert declared.data.mixture.weights["hplt3-en"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_stage_of_every_experiment_traces_at_ten_trillion_tokens(path):
+    declared = override(load(path), {"training.tokens": 10**13, "data.sequence_length": 4096})
+    declared = override(declared, {"training.batch_tokens": 2**22, "data.mixture": {"sources": "uniform"}})
+    declared = dataclasses.replace(declared, stages=(Stage(from_tokens=9 * 10**12, sequence_length=8192),))
+    assert validate(declared) == []
+    planning.trace_stages(declared, 64 if path.stem in ("7b_eu24", "mix156_eu24") else 1)
+
+
+def test_check_traces_each_stage(folders, monkeypatch):
+    monkeypatch.setattr(compiled, "train_step", lambda declared, span, state, batch: 1 // (1 - span.number))
+    declared = small(training__tokens=8 * 8 * 64)
+    declared = dataclasses.replace(declared, stages=(Stage(from_tokens=4 * 8 * 64, batch_tokens=4 * 64),))
+    with pytest.raises(ZeroDivisionError):
+        verbs.check(declared, folders)

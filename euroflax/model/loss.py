@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from euroflax.accelerators import MAX_UNROLLED_CHUNKS
 from euroflax.experiment import Model
 from euroflax.model.attention import balanced, in_order
 from euroflax.model.decoder import INPUTS, hidden, output_kernel
@@ -56,7 +57,9 @@ def _losses_forward(hidden_BLD: jax.Array, kernel_XDVU: jax.Array, targets_BL: j
 
     shape = (*targets_BL.shape, kernel_XDVU.shape[2])
     start = tuple(constrain(jnp.full(shape, value, jnp.float32), "BLV") for value in (-jnp.inf, 0, 0))
-    (highest_BLV, total_BLV, target_BLV), _ = jax.lax.scan(fold, start, _chunks(kernel_XDVU))
+    (highest_BLV, total_BLV, target_BLV), _ = jax.lax.scan(
+        fold, start, _chunks(kernel_XDVU), unroll=_unroll(kernel_XDVU)
+    )
     normaliser_BL = jax.nn.logsumexp(highest_BLV + jnp.log(total_BLV), axis=-1)
     found = (normaliser_BL - target_BLV.sum(axis=-1), normaliser_BL)
     return found, (hidden_BLD, kernel_XDVU, targets_BL, normaliser_BL)
@@ -78,11 +81,21 @@ def _losses_backward(kept: tuple, changes: tuple) -> tuple:
         return constrain(total_VBLD, "VBLD"), of_part_DVU.astype(kernel_XDVU.dtype)
 
     start_VBLD = constrain(jnp.zeros((kernel_XDVU.shape[2], *hidden_BLD.shape)), "VBLD")
-    total_VBLD, of_kernel_XDVU = jax.lax.scan(fold, start_VBLD, _chunks(kernel_XDVU))
+    total_VBLD, of_kernel_XDVU = jax.lax.scan(fold, start_VBLD, _chunks(kernel_XDVU), unroll=_unroll(kernel_XDVU))
     return constrain(total_VBLD.sum(axis=0).astype(hidden_BLD.dtype), "BRD"), of_kernel_XDVU, None
 
 
 _losses.defvjp(_losses_forward, _losses_backward)
+
+
+def _unroll(kernel_XDVU: jax.Array) -> int:
+    """How many chunks an iteration of the compiled loop takes: on CPU all of them, up to `MAX_UNROLLED_CHUNKS`.
+
+    With `--xla_cpu_experimental_onednn_custom_call`, XLA of jaxlib 0.12 takes minutes to compile bfloat16 products
+    inside this loop.
+    """
+    chunks = kernel_XDVU.shape[0]
+    return chunks if jax.default_backend() == "cpu" and chunks <= MAX_UNROLLED_CHUNKS else 1
 
 
 def _chunks(kernel_XDVU: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ from euroflax.data.loader import empty_batch
 from euroflax.experiment import Experiment, RunFailed, Span
 from euroflax.planning.program import Program, read_program
 from euroflax.planning.targets import Target, devices_of
-from euroflax.training.step import abstract_state, compile_step
+from euroflax.training.step import abstract_state, compile_step, train_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -39,11 +40,7 @@ def compiled_step(declared: Experiment, span: Span, target: Target) -> Compiled:
     mesh = sharding.make_mesh(declared, devices=devices_of(target))
     assert isinstance(mesh, jax.sharding.Mesh)
     state = abstract_state(declared, mesh)
-    placed = sharding.batch_sharding(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct((span.batch_rows, span.sequence_length), values.dtype, sharding=placed)
-        for name, values in empty_batch(1, 1, 0).items()
-    }
+    batch = _abstract_batch(span, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     with jax.set_mesh(mesh):
         lowered = compile_step(declared, span, shardings).lower(state, batch)
@@ -65,6 +62,30 @@ def compiled_step(declared: Experiment, span: Span, target: Target) -> Compiled:
         return Compiled(total, read_program(text, dict(mesh.shape)))
     except ValueError as error:
         raise RunFailed(f"the program that the compiler made for {target.name} cannot be read: {error}") from error
+
+
+def trace_stages(declared: Experiment, num_devices: int) -> None:
+    """Traces the step of each stage on an abstract mesh: a stage that cannot run fails here and not weeks later.
+
+    Raises:
+        ExperimentError: the mesh does not make up the devices.
+    """
+    model = dataclasses.replace(declared.model, layer_loop="scan")  # traces one layer instead of all
+    declared = dataclasses.replace(declared, model=model)
+    mesh = sharding.make_mesh(declared, num_devices)
+    assert isinstance(mesh, jax.sharding.AbstractMesh)
+    state = abstract_state(declared, mesh)
+    with jax.sharding.use_abstract_mesh(mesh):
+        for span in declared.spans:
+            jax.eval_shape(functools.partial(train_step, declared, span), state, _abstract_batch(span, mesh))
+
+
+def _abstract_batch(span: Span, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> dict:
+    """The shapes, types and shardings of a stage's batch."""
+    placed = sharding.batch_sharding(mesh)
+    shape = (span.batch_rows, span.sequence_length)
+    arrays = empty_batch(1, 1, 0)
+    return {name: jax.ShapeDtypeStruct(shape, values.dtype, sharding=placed) for name, values in arrays.items()}
 
 
 @contextlib.contextmanager

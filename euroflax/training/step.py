@@ -74,7 +74,8 @@ def train_step(declared: Experiment, span: Span, state: TrainState, batch: dict)
     total_weight = jnp.maximum(jnp.sum(batch["loss_weights_BL"]), 1.0)
     gradients, metrics = per_replica(functools.partial(_gradients, declared), state.params, batch, total_weight)
     stop, position = _consume(span, state.position, state.skipped_ranges_PQ)
-    tokens = span.first_token + (stop - jnp.uint32(span.first_row)).astype(jnp.float32) * span.sequence_length
+    # In float32, since int32 ends at 2^31 tokens; at 10^13 tokens the clock of the schedule advances by 2^20.
+    tokens = float(span.first_token) + (stop - jnp.uint32(span.first_row)).astype(jnp.float32) * span.sequence_length
     rate = learning_rate(training.schedule, declared.total_tokens, tokens)
     updates, optimizer = make_optimizer(training).update(gradients, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
