@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from euroflax import bench, planning, report, tables, verbs
 from euroflax.console import ConsoleDisplay, SilentDisplay
+from euroflax.ending import printable
 from euroflax.experiment import Experiment
 from euroflax.folders import Folders
 from euroflax.generation import Sampling
@@ -42,9 +43,10 @@ def _train(call: Call) -> None:
 def _check(call: Call) -> dict:
     found = verbs.check(call.declared, call.folders)
     files, size = (sum(source[name] for source in found["sources"]) for name in ("files", "file_bytes"))
-    call.display.note(f"files       {files:,} of {len(found['sources'])} sources, {planning.size(size)}")
+    count = len(found["sources"])
+    call.display.note(f"files       {files:,} of {count} source{'' if count == 1 else 's'}, {planning.size(size)}")
     _tables(call, found["stages"])
-    for line in found["withdrawn"]:
+    for line in (*found["not_read"], *found["bad_lines"], *found["withdrawn"]):
         call.display.note(line)
     call.display.note(f"{found['name']} is ready")
     return found
@@ -73,7 +75,8 @@ def _prepare(call: Call) -> None:
     call.display.close()
     tokens = sum(store.num_tokens for _, store in prepared.train)
     call.display.note(f"prepared    {len(prepared.train)} sources, {tokens:,} tokens, in {call.folders.cache_dir}")
-    for line in tables.about_rows(call.declared, prepared):
+    about_bad = tables.about_bad_lines(call.folders, prepared)
+    for line in (*tables.about_rows(call.declared, prepared), *about_bad):
         call.display.note(line)
 
 
@@ -146,13 +149,17 @@ class _Stream:
 
     def _turn(self) -> None:
         self._current += 1
-        sys.stdout.write(("\n\n" if self._current else "") + self._prompts[self._current])
+        sys.stdout.write("\n\n" if self._current else "")
+        self._show(self._prompts[self._current])
         self._print()
 
     def _print(self) -> None:
-        sys.stdout.write(self._waiting[self._current])
+        self._show(self._waiting[self._current])
         sys.stdout.flush()
         self._waiting[self._current] = ""
+
+    def _show(self, text: str) -> None:
+        sys.stdout.write(printable(text, lines=True) if sys.stdout.isatty() else text)
 
     def finish(self) -> None:
         """Prints what waits for its turn."""

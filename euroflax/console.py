@@ -1,12 +1,14 @@
 """What a run shows in a terminal: the plan, progress bars, and bits per byte as a table."""
 
 import io
+import math
 import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from euroflax.ending import printable
 from euroflax.languages import LANGUAGES
 
 _LINE_SECONDS = 15.0
@@ -25,7 +27,7 @@ class ConsoleDisplay:
 
     def note(self, text: str) -> None:
         """Prints a sentence."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(printable(text, lines=True), highlight=False, markup=False, soft_wrap=True)
 
     def table(self, table: Table) -> None:
         """Prints a table, as wide as it needs to be where the output is no terminal."""
@@ -50,15 +52,19 @@ class ConsoleDisplay:
 
     def _bar(self, task: str, done: int, total: int, text: str) -> None:
         if not self._console.is_terminal:
+            now = time.monotonic()
+            if not text and now - self._last_line > _LINE_SECONDS:
+                self._last_line = now
+                self.note(f"{task}: {100 * done / max(total, 1):.0f}% done")
             return
         kind = task.split(maxsplit=1)[0]
         if self._bars is None or self._kind != kind:
             self.close()
             self._bars = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=30),
                 TaskProgressColumn(),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[text]}", markup=False),
                 TimeRemainingColumn(),
                 console=self._console,
                 transient=True,
@@ -79,10 +85,13 @@ class ConsoleDisplay:
         """Prints the mean of an evaluation, and the best and worst language."""
         by_language = {key.removeprefix("bits_per_byte."): value for key, value in figures.items()}
         mean = by_language.pop("mean")
+        lacking = [code for code, value in by_language.items() if not math.isfinite(value)]
+        by_language = {code: value for code, value in by_language.items() if code not in lacking} or by_language
+        without = f"; not measured in {', '.join(lacking)}" if lacking else ""
         best, worst = min(by_language, key=by_language.__getitem__), max(by_language, key=by_language.__getitem__)
         self.note(
             f"step {step}: {mean:.3f} bits per byte over {len(by_language)} languages "
-            f"({best} {by_language[best]:.3f} to {worst} {by_language[worst]:.3f})"
+            f"({best} {by_language[best]:.3f} to {worst} {by_language[worst]:.3f})" + without
         )
 
     def evaluations(self, metrics: list[dict]) -> None:

@@ -65,7 +65,9 @@ def _set_flags(declared: Experiment) -> None:
     """Adds our XLA flags to those in the environment, and changes none that the user has set."""
     flags = []
     chunks = declared.model.vocab_size / declared.training.loss_chunk_entries
-    has_loop = chunks > MAX_UNROLLED_CHUNKS  # which XLA takes minutes to compile with this flag
+    has_loop = chunks > (
+        1 if declared.model.layer_loop == "scan" else MAX_UNROLLED_CHUNKS
+    )  # which XLA takes minutes to compile with this flag
     if declared.model.compute_dtype == "bfloat16" and _jax_version() >= (0, 12) and not has_loop:
         flags.append(f"{_ONEDNN}=true")  # bfloat16 products on CPU three times as fast
     if declared.training.deterministic:

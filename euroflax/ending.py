@@ -51,6 +51,20 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def printable(text: str, *, lines: bool = False) -> str:
+    r"""Text from outside as a terminal may have it: what would move the cursor, colour or end a line is escaped.
+
+    Args:
+        text: the text.
+        lines: whether line ends and tabs stay as they are.
+
+    >>> printable("a\x1b[31m b")
+    'a\\x1b[31m b'
+    """
+    kept = "\n\t" if lines else ""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
 def say(text: str, stream: TextIO | None = None) -> None:
     """Prints a line, on stderr unless told where, if that can be done."""
     print(text, file=Tolerant(stream or sys.stderr), flush=True)

@@ -2,7 +2,8 @@
 
 Nats of every text token of a document, over ln 2 x the document's UTF-8 bytes. A document is read in windows of the
 sequence length without overlap, each beginning with the beginning-of-document token; the end-of-document token is not
-counted. A language's figure is the sum of its nats over the sum of its bytes; `mean` is the plain mean of those.
+counted. A language's figure is the sum of its nats over the sum of its bytes; `mean` is the plain mean of those. A byte
+of text that the tokens do not give back costs 8 bits.
 """
 
 import functools
@@ -31,6 +32,8 @@ def bits_per_byte(
 ) -> dict[str, float]:
     """`{"bits_per_byte.<code>": ..., "bits_per_byte.mean": ...}`; empty where nothing is held out.
 
+    A language whose held-out part holds no document is NaN, and not in the mean.
+
     Args:
         declared: the experiment.
         prepared: its stores.
@@ -39,9 +42,10 @@ def bits_per_byte(
         proceed: told the batches done and in all; what it raises ends the evaluation.
     """
     codes = declared.language_codes
-    nats, sizes = np.zeros(len(codes)), _bytes_by_language(declared, prepared)
+    nats, sizes = _lost_and_all_bytes(declared, prepared)
     if not sizes.any():
         return {}
+    nats *= 8 * math.log(2)  # what the tokens do not give back would otherwise cost nothing
     rows = list(_rows(declared, prepared))
     batch_rows = declared.batch_rows // declared.training.accumulation_steps
     mesh = folded(mesh, ("replica",))
@@ -56,9 +60,14 @@ def bits_per_byte(
             batch = place_batch(_batch(declared, prepared, rows, wanted), mesh, mine, batch_rows)
             nats += np.asarray(step(params, batch), np.float64)
     proceed(total, total)
-    found = {code: nats[i] / (math.log(2) * sizes[i]) for i, code in enumerate(codes) if sizes[i]}
-    figures = {f"bits_per_byte.{code}": float(value) for code, value in found.items()}
-    return figures | {"bits_per_byte.mean": float(np.mean(list(found.values())))}
+    wanted = {fold(source.language) or source.language for source, _ in prepared.evaluation}
+    found = {
+        code: float(nats[i] / (math.log(2) * sizes[i])) if sizes[i] else math.nan
+        for i, code in enumerate(codes)
+        if code in wanted
+    }
+    figures = {f"bits_per_byte.{code}": value for code, value in found.items()}
+    return figures | {"bits_per_byte.mean": float(np.nanmean(list(found.values())))}
 
 
 @functools.lru_cache(maxsize=4)
@@ -75,13 +84,16 @@ def _documents(declared: Experiment, prepared: Prepared, source: Source, store: 
     return list(itertools.islice(prepared.held_out(source, store), declared.evaluation.max_documents))
 
 
-def _bytes_by_language(declared: Experiment, prepared: Prepared) -> np.ndarray:
-    sizes = np.zeros(len(declared.language_codes))
+def _lost_and_all_bytes(declared: Experiment, prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes by language that tokens do not give back, and bytes, `[languages]` each."""
+    lost, sizes = np.zeros(len(declared.language_codes)), np.zeros(len(declared.language_codes))
     for source, store in prepared.evaluation:
         numbers = _documents(declared, prepared, source, store)
         language = declared.language_codes.index(fold(source.language) or source.language)
-        sizes[language] += sum(document["bytes"] for document in store.documents(numbers))
-    return sizes
+        for document in store.documents(numbers):
+            sizes[language] += document["bytes"]
+            lost[language] += document.get("lost") or 0
+    return lost, sizes
 
 
 Window = tuple[int, int, int]

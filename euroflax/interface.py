@@ -49,7 +49,7 @@ def train(
     """
     folders = _folders(runs_dir, data_root, cache_dir)
     machine.set_up(experiment, devices, folders.cache_dir, Processes())
-    display = ConsoleDisplay(Console())
+    display = ConsoleDisplay(Console(markup=False, emoji=False))
     try:
         run = verbs.train(experiment, folders, display, track=track)
     finally:
@@ -87,7 +87,7 @@ def prepare(
     Raises:
         ExperimentError: the data is at fault.
     """
-    display = ConsoleDisplay(Console())
+    display = ConsoleDisplay(Console(markup=False, emoji=False))
     try:
         return verbs.prepare(experiment, _folders(runs_dir, data_root, cache_dir), display)
     finally:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import math
 import os
@@ -15,9 +16,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn, TextIO, cast
 
-from euroflax.ending import SIGNALS, Tolerant, end, end_at_second_interrupt, open_streams, say
+from euroflax.ending import SIGNALS, Tolerant, end, end_at_second_interrupt, open_streams, printable, say
 from euroflax.experiment import Experiment, ExperimentError, Interrupted, RunFailed, load, to_json
-from euroflax.folders import Folders, is_full
+from euroflax.folders import Folders, of_system
 from euroflax.processes import Processes
 from euroflax.training.stop import Stop, slurm_limit, time_limit
 from euroflax.training.watchdog import Watchdog
@@ -78,22 +79,28 @@ def main(arguments: list[str] | None = None) -> int:
         if options.json or options.verb not in _MAKE_FILES:
             sys.stdout.flush()  # here what cannot be written is still told
         return status
-    except ExperimentError as error:
-        _debug(options)
-        for fault in error.faults:
-            say(f"error: {_with_command(error, fault, options)}")
-        return error.exit_status
     except BrokenPipeError:  # who reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return RunFailed.exit_status
     except OSError as error:
         _debug(options)
-        say(f"error: {error}; {'make room and run the same command again' if is_full(error) else 'mend that'}")
-        return Interrupted.exit_status if is_full(error) else RunFailed.exit_status
-    except (RunFailed, Interrupted) as error:
+        return _told(of_system(error), options)
+    except MemoryError:
         _debug(options)
-        say(f"{'error: ' if isinstance(error, RunFailed) else ''}{error}")
-        return error.exit_status
+        return _told(of_system(OSError(errno.ENOMEM, "")), options)
+    except (ExperimentError, RunFailed, Interrupted) as error:
+        _debug(options)
+        return _told(error, options)
+
+
+def _told(error: ExperimentError | RunFailed | Interrupted, options: argparse.Namespace) -> int:
+    """Says an error on the terminal and returns its exit status."""
+    if isinstance(error, ExperimentError):
+        for fault in error.faults:
+            say(f"error: {printable(_with_command(error, fault, options))}")
+    else:
+        say(f"{'error: ' if isinstance(error, RunFailed) else ''}{printable(str(error))}")
+    return error.exit_status
 
 
 def _with_command(error: ExperimentError, fault: str, options: argparse.Namespace) -> str:
@@ -293,7 +300,9 @@ def _run_verb(declared: Experiment, options: argparse.Namespace, folders: Folder
     stream: TextIO = sys.stderr if options.json else sys.stdout
     if options.json or options.verb in _MAKE_FILES:  # of other verbs it is what they were asked for
         stream = cast(TextIO, Tolerant(stream))
-    display = ConsoleDisplay(Console(file=stream)) if options.process_id == 0 else SilentDisplay()
+    display = (
+        ConsoleDisplay(Console(file=stream, markup=False, emoji=False)) if options.process_id == 0 else SilentDisplay()
+    )
     try:
         result = commands.COMMANDS[options.verb](commands.Call(declared, folders, options, display, stop))
     finally:

@@ -7,8 +7,10 @@ from rich.table import Table
 from euroflax.data.ledger import Entry, totals
 from euroflax.data.loader import PlacedRow
 from euroflax.data.packings import recipe
-from euroflax.data.prepare import Prepared
+from euroflax.data.prepare import Prepared, bad_lines_file
+from euroflax.ending import printable
 from euroflax.experiment import Experiment
+from euroflax.folders import Folders
 from euroflax.languages import LANGUAGES
 from euroflax.planning import Plan, size
 
@@ -89,7 +91,7 @@ def ledger(entries: Sequence[Entry], title: str) -> list[Table]:
         table.add_row(
             entry.source,
             entry.language,
-            entry.provider,
+            printable(entry.provider),
             _number(entry.rows) if once else "",
             *(_number(getattr(entry, name)) for name in names),
             _epochs(entry.epochs) if once else "",
@@ -100,7 +102,7 @@ def ledger(entries: Sequence[Entry], title: str) -> list[Table]:
         sums = _table(f"by {by}", [by], names)
         for name, amounts in totals(entries, by).items():
             code = f"{name} {LANGUAGES[name].name}" if by == "language" and name in LANGUAGES else name
-            sums.add_row(code, *(_number(amounts[column]) for column in names))
+            sums.add_row(printable(code), *(_number(amounts[column]) for column in names))
         tables.append(sums)
     return tables
 
@@ -136,7 +138,7 @@ def about_rows(declared: Experiment, prepared: Prepared) -> list[str]:
             f"rows        {rows:,} of {length:,} tokens ({declared.data.packing}), "
             f"{100 * (1 - tokens / (rows * length)):.2f}% padding{more}"
         )
-    return lines + about_withdrawn(prepared)
+    return lines + about_lost_text(prepared) + about_withdrawn(prepared)
 
 
 def about_withdrawn(prepared: Prepared) -> list[str]:
@@ -147,6 +149,28 @@ def about_withdrawn(prepared: Prepared) -> list[str]:
         shown = f" ({', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''})" if unknown else ""
         lines.append(f"withdrawn   source {name}: {len(ids)} ids listed, {len(unknown)} of them unknown{shown}")
     return lines
+
+
+def about_bad_lines(folders: Folders, prepared: Prepared) -> list[str]:
+    """The lines that hold no document, by source and reason with the file that has them, a line a source."""
+    found = {}
+    for source, store in (*prepared.train, *prepared.evaluation):
+        if reasons := store.manifest["bad_lines"]:
+            counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
+            file = bad_lines_file(folders, store.path.name)
+            of, where = f"of {store.manifest['lines']:,} lines", f", see {file}" if file is not None else ""
+            found[source.name] = f"bad lines   source {source.name}: {counts}, {of}{where}"
+    return list(found.values())
+
+
+def about_lost_text(prepared: Prepared) -> list[str]:
+    """The text that tokens do not give back, a line a source."""
+    stores = {source.name: store for source, store in (*prepared.train, *prepared.evaluation)}
+    return [
+        f"lost text   source {name}: the tokens do not give back {store.num_lost_bytes:,} of {store.num_bytes:,} bytes"
+        for name, store in stores.items()
+        if store.num_lost_bytes
+    ]
 
 
 def about_tokenizer(prepared: Prepared) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import pathlib
@@ -15,12 +16,13 @@ from euroflax.console import SilentDisplay, evaluations_as_html
 from euroflax.data import documents, withdrawals
 from euroflax.data import prepare as preparation
 from euroflax.data import tokenizer as tokens
+from euroflax.data.files import find_files, not_read
 from euroflax.data.ledger import Entry, ledger
 from euroflax.data.loader import PlacedRow, Rows
 from euroflax.data.prepare import Prepared
 from euroflax.data.store import NotPrepared
 from euroflax.data.tokenizer import Tokenizer
-from euroflax.experiment import Experiment, ExperimentError, from_json
+from euroflax.experiment import Experiment, ExperimentError, Source, from_json
 from euroflax.folders import Folders, make_folder
 from euroflax.generation import Completion, Sampling
 from euroflax.huggingface.card import model_card
@@ -52,32 +54,42 @@ class Run:
         return evaluations_as_html(self.metrics)
 
 
+def _check_sources(declared: Experiment, folders: Folders) -> tuple[list[dict], list[str], list[str]]:
+    """The sources with their files and sizes, what their folders hold and is not read, and the faults found."""
+    sources: list[dict] = []
+    passed_over: list[str] = []
+    faults: list[str] = []
+    for source in declared.data.sources + declared.evaluation.sources:
+        try:
+            files = find_files(source, folders.data_root)
+            unreadable = [file for file in files if not os.access(file, os.R_OK)]
+            faults += [
+                f"source {source.name}: file {file} cannot be read; check its permissions" for file in unreadable
+            ]
+            if not unreadable and (fault := documents.first_fault(files[0], source, declared.data.max_document_bytes)):
+                faults.append(fault)
+        except ExperimentError as error:
+            faults.extend(error.faults)
+            continue
+        if (line := not_read(source, folders.data_root)) is not None:
+            passed_over.append(line)
+        size = sum(file.stat().st_size for file in files)
+        sources.append({"source": source.name, "language": source.language, "files": len(files), "file_bytes": size})
+    return sources, passed_over, faults
+
+
 def check(declared: Experiment, folders: Folders) -> dict:
     """Looks at the files that an experiment needs, without a device: sizes of its sources, folders to write.
 
     Raises:
         ExperimentError: with all faults found.
     """
-    faults: list[str] = []
-    sources = []
-    for source in declared.data.sources + declared.evaluation.sources:
+    sources, passed_over, faults = _check_sources(declared, folders)
+    if declared.data.tokenizer.path is not None:
         try:
-            files = documents.find_files(source, folders.data_root)
-            unreadable = [file for file in files if not os.access(file, os.R_OK)]
-            faults += [
-                f"source {source.name}: file {file} cannot be read; check its permissions" for file in unreadable
-            ]
-            size = sum(file.stat().st_size for file in files)
-            sources.append(
-                {"source": source.name, "language": source.language, "files": len(files), "file_bytes": size}
-            )
+            preparation.checked_tokenizer(declared, folders.data_root / declared.data.tokenizer.path)
         except ExperimentError as error:
             faults.extend(error.faults)
-    declared_path = declared.data.tokenizer.path
-    if declared_path is not None and not (folders.data_root / declared_path).is_file():
-        faults.append(
-            f"data.tokenizer.path={declared_path} names no file below --data-root={folders.data_root}; mend one"
-        )
     if declared.continue_from is not None:
         try:
             huggingface.check_agreement(declared, folders.data_root)
@@ -87,22 +99,25 @@ def check(declared: Experiment, folders: Folders) -> dict:
         withdrawals.read_lists(declared, folders)
     except ExperimentError as error:
         faults.extend(error.faults)
-    for path, option in ((folders.cache_dir, "--cache-dir"), (folders.run_dir(declared.name), "run folder")):
+    try:
+        prepared = None if faults else preparation.open_prepared(declared, folders)
+    except NotPrepared:
+        prepared = None
+    for path, option in ((folders.cache_dir, "--cache-dir"), (folders.runs_dir, "--runs-dir")):
         try:
-            make_folder(path, option)
+            if prepared is None or path != folders.cache_dir:
+                make_folder(path, option)
         except ExperimentError as error:
             faults.extend(error.faults)
     if faults:
         raise ExperimentError(*faults)
     planning.trace_stages(declared, _least_devices(declared))
-    try:
-        prepared = preparation.open_prepared(declared, folders)
-    except NotPrepared:
-        prepared = None
     order = None if prepared is None else Rows(declared, prepared).order
     stages = planning.describe_stages(declared, order)
     left_out = [] if prepared is None else tables.about_withdrawn(prepared)
-    return {"name": declared.name, "sources": sources, "stages": stages, "withdrawn": left_out, "faults": []}
+    bad = [] if prepared is None else tables.about_bad_lines(folders, prepared)
+    found = {"name": declared.name, "sources": sources, "stages": stages, "withdrawn": left_out}
+    return found | {"not_read": passed_over, "bad_lines": bad, "faults": []}
 
 
 def _least_devices(declared: Experiment) -> int:
@@ -127,7 +142,19 @@ def prepare(
 
     if jax.distributed.is_initialized() and jax.process_count() > 1:  # the count alone would start the devices
         return _open_together(declared, folders)
-    return preparation.prepare(declared, folders, progress)
+    with stop.at_once():  # a file system that does not answer is not waited for
+        for source in declared.data.sources + declared.evaluation.sources:
+            if (line := _not_read(source, folders)) is not None:
+                display.note(line)
+    return preparation.prepare(declared, folders, progress, stop.at_once)
+
+
+def _not_read(source: Source, folders: Folders) -> str | None:
+    """What a source's folder holds and is not read; nothing where the text is not on this machine."""
+    try:
+        return not_read(source, folders.data_root)
+    except OSError:
+        return None
 
 
 def _open_together(declared: Experiment, folders: Folders) -> Prepared:
@@ -213,7 +240,8 @@ def train(
     with clock.on("prepare"):
         prepared = prepare(declared, folders, display, stop)
     display.note(tables.about_tokenizer(prepared))
-    for line in tables.about_withdrawn(prepared):
+    about = (tables.about_lost_text(prepared), tables.about_bad_lines(folders, prepared))
+    for line in (*itertools.chain(*about), *tables.about_withdrawn(prepared)):
         display.note(line)
     for line in planning.plan_lines(planning.make_plan(declared, jax.device_count(), Rows(declared, prepared).order)):
         display.note(line)

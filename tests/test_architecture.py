@@ -16,7 +16,7 @@ RANKS = {
     "processes": 3,
     "watch": 4,
     "devices": 4,
-    "console": 2,
+    "console": 3,
     "sharding": 3,
     "data": 3,
     "model": 4,

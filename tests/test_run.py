@@ -72,11 +72,11 @@ def test_help_names_every_verb_and_exit_status(capsys):
 
 
 BAD_DATA = {
-    "missing": (None, r"error: source sample-el: path=a.jsonl names no file at .*; mend the path or --data-root\n"),
-    "empty": ("", r"error: source sample-el: file a.jsonl holds no document, it is empty; give it text\n"),
+    "missing": (None, r"error: source sample-el: path=a.jsonl names no file at .*; correct the path or --data-root\n"),
+    "empty": ("", r"error: source sample-el: path=a.jsonl holds no document: it is empty; give it text\n"),
     "not JSON": (
         '{"id": "1"\n' * 3,
-        r"error: source sample-el: file a.jsonl holds no document, its 3 lines hold none \(not JSON: 3\); give ",
+        r"error: source sample-el: path=a.jsonl holds no document: its 3 lines hold none \(not JSON: 3\); give ",
     ),
     "no text": ('{"id": "1"}\n', r"\(no field text: 1\)"),
     "not UTF-8": (b'{"id": "1", "text": "\xff"}\n', r"\(not UTF-8: 1\)"),

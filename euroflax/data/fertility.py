@@ -1,10 +1,7 @@
 """What a tokenizer costs each language: characters a token, tokens a word, tokens beside English on parallel text."""
 
-import json
-from importlib import resources
-
 from euroflax.data.prepare import Prepared
-from euroflax.data.tokenizer import Tokenizer
+from euroflax.data.tokenizer import Tokenizer, sample_texts
 from euroflax.experiment import Experiment
 from euroflax.languages import EU24, fold
 
@@ -47,5 +44,4 @@ def tokenizer_figures(declared: Experiment, prepared: Prepared) -> dict[str, dic
 
 
 def _parallel_tokens(tokenizer: Tokenizer, code: str) -> int:
-    text = (resources.files("euroflax.sample") / f"{code}.jsonl").read_text(encoding="utf-8")
-    return sum(map(len, tokenizer.encode([json.loads(line)["text"] for line in text.splitlines()])))
+    return sum(map(len, tokenizer.encode(sample_texts(code))))

@@ -9,7 +9,7 @@ import pathlib
 import threading
 from collections.abc import Callable
 
-from euroflax.data import documents
+from euroflax.data.files import find_files
 from euroflax.data.store import NotPrepared
 from euroflax.experiment import Experiment, ExperimentError, Source, fingerprint
 from euroflax.folders import Folders, replace_json
@@ -36,13 +36,13 @@ def digests(experiment: Experiment, folders: Folders, progress: Progress | None)
     found = {}
     sources = experiment.data.sources + experiment.evaluation.sources
     for source in {source.path: source for source in sources}.values():
-        record_path = folders.cache_dir / "fingerprints" / fingerprint([str(folders.data_root.resolve()), source.path])
+        record_path = _record_path(folders, source)
         try:
             known = {row["file"]: row for row in json.loads(record_path.read_bytes())}
         except (OSError, ValueError):
             known = {}
         try:
-            files = documents.find_files(source, folders.data_root)
+            files = find_files(source, folders.data_root)
         except ExperimentError:
             if not known and progress is None:
                 raise NotPrepared(f"source {source.name}")
@@ -55,6 +55,15 @@ def digests(experiment: Experiment, folders: Folders, progress: Progress | None)
             replace_json(record_path, rows)
         found[source.path] = [(row["file"], row["sha256"]) for row in rows]
     return found
+
+
+def _record_path(folders: Folders, source: Source) -> pathlib.Path:
+    return folders.cache_dir / "fingerprints" / fingerprint([str(folders.data_root.resolve()), source.path])
+
+
+def forget(folders: Folders, source: Source) -> None:
+    """Has the files of a source read again, since one was not as its hash says."""
+    _record_path(folders, source).unlink(missing_ok=True)
 
 
 def _digest_files(files: list[pathlib.Path], known: dict, source: Source, progress: Progress | None) -> list[dict]:

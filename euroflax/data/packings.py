@@ -1,15 +1,13 @@
 """The packings that an experiment needs, made where they are missing: by source, row length and block list."""
 
-import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 
 from euroflax.data.packing import Packing, Recipe, make_packing, open_packing
 from euroflax.data.store import NotPrepared, Store
 from euroflax.data.withdrawals import Ids
 from euroflax.experiment import Experiment, ExperimentError, Source
-from euroflax.folders import locked
+from euroflax.folders import made_once
 
 Train = tuple[tuple[Source, Store], ...]
 Packings = dict[tuple[str, Recipe], Packing]
@@ -62,18 +60,14 @@ def make_packings(
         final = _path(cache_dir, store, how)
         if open_packing(final, store) is not None:
             continue
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with locked(final.with_suffix(".lock")):
-            if open_packing(final, store) is not None:
-                continue
-            partial = final.with_suffix(".partial")
-            for path in (final, partial):
-                shutil.rmtree(path, ignore_errors=True)
-            total = store.num_tokens
-            try:
-                make_packing(
-                    partial, store, how, lambda done, s=source, n=total: progress(f"rows of {s.name}", done, n)
-                )
-                os.replace(partial, final)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+        total, task = store.num_tokens, f"rows of {source.name}"
+
+        def advance(done: int, task: str = task, total: int = total) -> None:
+            progress(task, done, total)
+
+        def is_there(final: pathlib.Path = final, store: Store = store) -> bool:
+            return open_packing(final, store) is not None
+
+        with made_once(final, is_there, lambda what: progress(what, 0, 1)) as partial:
+            if partial is not None:
+                make_packing(partial, store, how, advance)

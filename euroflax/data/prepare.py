@@ -3,22 +3,22 @@
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import html
 import json
 import multiprocessing
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 
-from euroflax.data import documents, tokenizer
+from euroflax.data import coverage, documents, fingerprints, tokenizer
 from euroflax.data.fingerprints import Progress, digests
 from euroflax.data.packings import Packings, make_packings, open_packings
 from euroflax.data.store import FORMAT, NotPrepared, Store, StoreWriter, open_store
 from euroflax.data.tokenize import ALL, HELD_OUT, TRAIN, Tokenize, TokenizingPool, train_apart
 from euroflax.data.tokenizer import Tokenizer
 from euroflax.data.withdrawals import Ids, Withdrawal, continued, read_history, read_lists
-from euroflax.experiment import Experiment, ExperimentError, Source, fingerprint
-from euroflax.folders import Folders, locked, make_folder, replace_file
+from euroflax.experiment import Experiment, ExperimentError, Interrupted, Source, fingerprint
+from euroflax.folders import Folders, made_once, make_folder, replace_file
 
 _LINES_TO_JUDGE_BY = 10_000
 
@@ -73,6 +73,8 @@ class _Part:
     source: Source
     split: str
     files: list[pathlib.Path]
+    digests: list[str]
+    """SHA-256 of each file."""
     key: str
 
     @property
@@ -81,10 +83,21 @@ class _Part:
         return sum(file.stat().st_size for file in self.files)
 
 
-def prepare(experiment: Experiment, folders: Folders, progress: Progress = lambda *_: None) -> Prepared:
+def prepare(
+    experiment: Experiment,
+    folders: Folders,
+    progress: Progress = lambda *_: None,
+    reading: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+) -> Prepared:
     """Makes the tokenizer and the stores that are missing, and opens all.
 
     Work is spread over processes; a store appears under its name only when it is whole, and nothing is made twice.
+
+    Args:
+        experiment: what is to be read.
+        folders: where its text is, and the cache.
+        progress: told what is being done; what it raises ends the preparation.
+        reading: entered while files are only read, which can hang with a file system and leaves nothing half.
 
     Raises:
         ExperimentError: a source has no files, no documents or too many unreadable lines, or the vocabulary
@@ -92,13 +105,17 @@ def prepare(experiment: Experiment, folders: Folders, progress: Progress = lambd
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker runs the script that called
         raise ExperimentError("prepare was called in a worker of itself; call it below if __name__ == '__main__':")
-    make_folder(folders.cache_dir, "--cache-dir")
-    found = digests(experiment, folders, progress)
+    try:
+        return open_prepared(experiment, folders)  # also out of a cache that cannot be written
+    except NotPrepared:
+        make_folder(folders.cache_dir, "--cache-dir")
+    with reading():
+        found = digests(experiment, folders, progress)
     _check_held_out(experiment, found)
     path = _tokenizer_path(experiment, folders, found)
     if not path.is_file() and experiment.tokenizer_path is None:
         _train_tokenizer(experiment, path, found, progress)
-    known = _checked_tokenizer(experiment, path)
+    known = checked_tokenizer(experiment, path)
     missing = [part for part in _parts(experiment, known, found) if _find(folders, part) is None]
     if missing:
         _make_stores(experiment, folders, path, missing, progress)
@@ -120,10 +137,11 @@ def open_prepared(experiment: Experiment, folders: Folders) -> Prepared:
         NotPrepared: something is missing.
     """
     found = digests(experiment, folders, None)
+    _check_held_out(experiment, found)
     path = _tokenizer_path(experiment, folders, found)
     if not path.is_file():
         raise NotPrepared("data.tokenizer")
-    known = _checked_tokenizer(experiment, path)
+    known = checked_tokenizer(experiment, path)
     train, evaluation = _open_stores(experiment, folders, known, found)
     packings = open_packings(experiment, folders.cache_dir, train, _lists(experiment, folders))
     history, lists = read_history(folders.run_dir(experiment.name)), read_lists(experiment, folders)
@@ -175,7 +193,7 @@ def _parts(experiment: Experiment, known: Tokenizer, digests: dict[str, list]) -
             key = fingerprint(
                 [FORMAT, known.fingerprint, known.vocab_size, split, share, fields, [d for _, d in files]]
             )
-            yield _Part(source, split, [pathlib.Path(name) for name, _ in files], key)
+            yield _Part(source, split, [pathlib.Path(name) for name, _ in files], [d for _, d in files], key)
 
 
 def _store_path(folders: Folders, part: _Part) -> pathlib.Path:
@@ -243,13 +261,19 @@ def _train_tokenizer(experiment: Experiment, path: pathlib.Path, digests: dict[s
     replace_file(path, text)
 
 
-def _checked_tokenizer(experiment: Experiment, path: pathlib.Path) -> Tokenizer:
+def checked_tokenizer(experiment: Experiment, path: pathlib.Path) -> Tokenizer:
+    """The tokenizer in a file, which fits the model and gives back text in the languages of the experiment.
+
+    Raises:
+        ExperimentError: it does not.
+    """
     known = tokenizer.read(path)
     if known.vocab_size > experiment.model.vocab_size:
         raise ExperimentError(
             f"model.vocab_size={experiment.model.vocab_size} is less than the {known.vocab_size} entries of "
             f"the tokenizer {path}; use {known.vocab_size} or more"
         )
+    coverage.check_languages(experiment, known, path)
     return known
 
 
@@ -261,8 +285,8 @@ def _make_stores(
     with contextlib.closing(TokenizingPool(tokenizer_path)) as pool:
         for part in parts:
 
-            def advance(size: int, part: _Part = part, before: int = done) -> None:
-                progress(f"tokens {part.source.name}", before + size, total)
+            def advance(size: int, what: str | None = None, part: _Part = part, before: int = done) -> None:
+                progress(what or f"tokens {part.source.name}", before + size, total)
 
             _make_store(experiment, folders, part, pool, advance)
             done += part.file_bytes
@@ -270,30 +294,30 @@ def _make_stores(
 
 
 def _make_store(
-    experiment: Experiment, folders: Folders, part: _Part, pool: TokenizingPool, advance: Callable[[int], None]
+    experiment: Experiment, folders: Folders, part: _Part, pool: TokenizingPool, advance: Callable[..., None]
 ) -> None:
     final = _store_path(folders, part)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with locked(final.with_suffix(".lock")):
-        if open_store(final) is not None:
+
+    def waits(what: str) -> None:
+        advance(0, what)
+
+    with made_once(final, lambda: open_store(final) is not None, waits) as partial:
+        if partial is None:
             return
-        shutil.rmtree(final, ignore_errors=True)
-        partial = final.with_suffix(".partial")
-        try:
-            with contextlib.closing(StoreWriter(partial, experiment.model.vocab_size)) as writer:
-                bad, lines = _write_documents(experiment, folders, part, pool.tokenize, writer, advance)
-                if not writer.documents and part.split != HELD_OUT:
-                    where = f"source {part.source.name}: path={part.source.path}"
-                    raise ExperimentError(f"{where} holds no document; give it text")
-                files = [file.name for file in part.files]
-                writer.finish({"split": part.split, "files": files, "bad_lines": bad, "lines": lines})
-            partial.replace(final)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.closing(StoreWriter(partial, experiment.model.vocab_size)) as writer:
+            bad, lines = _write_documents(experiment, folders, part, pool.tokenize, writer, advance)
+            if not writer.documents and part.split != HELD_OUT:
+                raise ExperimentError(documents.no_document(part.source, bad))
+            coverage.check_source(experiment, part.source, writer.lost_bytes, writer.bytes)
+            files = [file.name for file in part.files]
+            writer.finish({"split": part.split, "files": files, "bad_lines": bad, "lines": lines})
 
 
-def _quarantine_path(folders: Folders, part: _Part) -> pathlib.Path:
-    return folders.cache_dir / "quarantine" / f"{part.source.name}-{part.split}-{part.key}.jsonl"
+def bad_lines_file(folders: Folders, key: str) -> pathlib.Path | None:
+    """The file with the lines of a store's text that hold no document; None where there is none."""
+    folder = folders.cache_dir / "quarantine"
+    found = [folder / f"{key}.jsonl", *sorted(folder.glob(f"*-{key}.jsonl"))]  # the latter by earlier versions
+    return next((path for path in found if path.is_file()), None)
 
 
 def _write_documents(
@@ -307,11 +331,14 @@ def _write_documents(
     """Tokenizes and appends in order; returns unreadable lines by reason, and all lines."""
     reasons: collections.Counter[str] = collections.Counter()
     lines = before = 0
-    path = _quarantine_path(folders, part)
+    most_bytes = experiment.data.max_document_bytes
+    path = folders.cache_dir / "quarantine" / f"{part.key}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as quarantine:
-        for file in part.files:
-            for found in tokenize(documents.read_raw(file, part.source), part.source, part.split):
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as quarantine:
+        for file, digest in zip(part.files, part.digests, strict=True):
+            hashed = hashlib.sha256()
+            raw = documents.read_raw(file, part.source, most_bytes, hashed.update)
+            for found in tokenize(raw, part.source, part.split, most_bytes):
                 writer.append(found.tokens, found.rows, found.lengths)
                 lines += found.lines
                 for line in found.bad:
@@ -320,6 +347,12 @@ def _write_documents(
                 advance(before + found.bytes_read)
                 if lines >= _LINES_TO_JUDGE_BY and 2 * sum(reasons.values()) > lines:
                     _check_bad_lines(experiment, folders, part, reasons, lines)
+            if hashed.hexdigest() != digest:
+                fingerprints.forget(folders, part.source)
+                raise Interrupted(
+                    f"source {part.source.name}: file {file} changed while it was read; wait until it is whole, and "
+                    "run the same command again"
+                )
             before += file.stat().st_size
     _check_bad_lines(experiment, folders, part, reasons, lines)
     if not reasons:
@@ -331,7 +364,8 @@ def _check_bad_lines(experiment: Experiment, folders: Folders, part: _Part, bad:
     count, bound = sum(bad.values()), experiment.data.bad_line_fraction
     if count > bound * lines:
         reasons = ", ".join(f"{reason}: {number}" for reason, number in sorted(bad.items()))
+        file = bad_lines_file(folders, part.key)
         raise ExperimentError(
             f"source {part.source.name}: {count} of {lines} lines hold no document ({reasons}), over "
-            f"data.bad_line_fraction={bound}; see {_quarantine_path(folders, part)}, then mend them or raise the bound"
+            f"data.bad_line_fraction={bound}; {f'see {file}, then ' if file else ''}correct them or raise the bound"
         )

@@ -3,8 +3,8 @@
 A store is a folder of few files, arrays with checksums (`arrays.py`). `tokens` holds all tokens (uint16 or uint32),
 `ends` the end of each document in it and `bytes` the text bytes up to there, `windows` the documents before each
 window, `providers` the number of each document's provider where it varies, `documents.parquet` a row a document (id,
-bytes, provider, licence), and `manifest.json`, written last, says what it is. Each document stands as beginning-of-
-document token, text tokens, end-of-document token.
+bytes, provider, licence, bytes that its tokens do not give back), and `manifest.json`, written last, says what it is.
+Each document stands as beginning-of-document token, text tokens, end-of-document token.
 
 Windows are runs of whole documents, the unit of packing and of shuffling: a sixty-fourth of the store, within bounds;
 a quarter of a small one.
@@ -12,6 +12,7 @@ a quarter of a small one.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import pathlib
@@ -41,6 +42,7 @@ _SCHEMA = pa.schema(
         ("bytes", pa.int64()),
         ("provider", pa.dictionary(pa.int32(), pa.string())),
         ("licence", pa.dictionary(pa.int32(), pa.string())),
+        ("lost", pa.int64()),
     ]
 )
 
@@ -109,6 +111,11 @@ class Store:
         """UTF-8 bytes of the text in the store."""
         return self.manifest["bytes"]
 
+    @property
+    def num_lost_bytes(self) -> int:
+        """Of these, the bytes that the tokens do not give back; 0 in stores from before they were counted."""
+        return self.manifest.get("lost_bytes", 0)
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens at positions `start` to `stop`, `[stop - start]`, uint16 or uint32.
 
@@ -130,6 +137,8 @@ class Store:
             with pq.ParquetFile(path, page_checksum_verification=True) as table:
                 yield table
         except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (None, errno.EIO):
+                raise
             raise ExperimentError(
                 f"{path} cannot be read ({str(error)[:200]}); delete the folder {self.path} and prepare again"
             ) from error
@@ -196,7 +205,7 @@ class StoreWriter:
 
     def __init__(self, path: pathlib.Path, vocab_size: int) -> None:
         self._path, self._dtype = path, _token_type(vocab_size)
-        self.documents = self.tokens = self.bytes = 0
+        self.documents = self.tokens = self.bytes = self.lost_bytes = 0
         self._rows: list[dict] = []
         self._providers: dict[str, int] = {}
         shutil.rmtree(path, ignore_errors=True)
@@ -220,6 +229,7 @@ class StoreWriter:
         self.documents += len(rows)
         self.tokens += len(tokens)
         self.bytes += int(sizes.sum())
+        self.lost_bytes += sum(row["lost"] for row in rows)
         while len(self._rows) >= _DOCUMENTS_PER_GROUP:
             self._write_rows(_DOCUMENTS_PER_GROUP)
 
@@ -238,6 +248,7 @@ class StoreWriter:
         if not self._providers:
             (self._path / "providers").write_bytes(b"")
         sizes = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "windows": len(windows) - 1}
+        sizes["lost_bytes"] = self.lost_bytes
         facts = {
             "format": FORMAT,
             "dtype": self._dtype,

@@ -47,7 +47,7 @@ class Tokenized:
     """How far into the file reading had come."""
 
 
-Tokenize = Callable[[Iterator[RawBatch], Source, str], Iterator[Tokenized]]
+Tokenize = Callable[[Iterator[RawBatch], Source, str, int], Iterator[Tokenized]]
 
 
 class TokenizingPool:
@@ -60,12 +60,12 @@ class TokenizingPool:
         with signals_held():
             self._pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (str(tokenizer_path),))
 
-    def tokenize(self, batches: Iterator[RawBatch], source: Source, split: str) -> Iterator[Tokenized]:
+    def tokenize(self, batches: Iterator[RawBatch], source: Source, split: str, most_bytes: int) -> Iterator[Tokenized]:
         """The documents of each batch that belong to a split, in the order of the batches."""
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         for batch in batches:
             with signals_held():  # since a submission may start a worker
-                waiting.append(self._pool.submit(_tokenize, batch, source, split))
+                waiting.append(self._pool.submit(_tokenize, batch, source, split, most_bytes))
             if len(waiting) >= self._in_flight:
                 yield _result(waiting.popleft(), source)
         while waiting:
@@ -105,15 +105,43 @@ def _start_worker(tokenizer_path: str) -> None:
     _worker_tokenizer = tokenizer.read(pathlib.Path(tokenizer_path))
 
 
-def _tokenize(batch: RawBatch, source: Source, split: str) -> Tokenized:
-    parsed = list(documents.parse(batch, source))
+def _tokenize(batch: RawBatch, source: Source, split: str, most_bytes: int) -> Tokenized:
+    """What `Tokenized` says of a batch.
+
+    Raises:
+        ExperimentError: a library failed on it; their own errors may not survive the way to another process.
+    """
+    try:
+        return _tokenized(batch, source, split, most_bytes)
+    except BaseException as error:  # a panic in Rust is no Exception
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        last = batch.first_line + len(batch.lines) - 1
+        raise ExperimentError(
+            f"source {source.name}: lines {batch.first_line} to {last} of {batch.file} cannot be tokenized ({reason}); "
+            "correct the tokenizer or take them out"
+        ) from None
+
+
+def _tokenized(batch: RawBatch, source: Source, split: str, most_bytes: int) -> Tokenized:
+    parsed = list(documents.parse(batch, source, most_bytes))
     kept = [item for item in parsed if isinstance(item, Document) and _belongs(item, source, split)]
     known = _worker_tokenizer
-    encoded = [[known.bos, *ids, known.eos] for ids in known.encode([document.text for document in kept])]
+    encoded = known.encode([document.text for document in kept])
+    rows = [
+        {
+            "id": document.id,
+            "bytes": len(document.text.encode()),
+            "provider": document.provider,
+            "licence": document.licence,
+            "lost": known.lost_bytes(document.text, ids),
+        }
+        for document, ids in zip(kept, encoded, strict=True)
+    ]
+    arrays = [np.array([known.bos, *ids, known.eos], np.uint32) for ids in encoded]
     return Tokenized(
-        tokens=np.array([token for ids in encoded for token in ids], np.uint32),
-        rows=[{"id": d.id, "bytes": len(d.text.encode()), "provider": d.provider, "licence": d.licence} for d in kept],
-        lengths=np.array([len(ids) for ids in encoded], np.int64),
+        tokens=np.concatenate([np.zeros(0, np.uint32), *arrays]),
+        rows=rows,
+        lengths=np.array([len(array) for array in arrays], np.int64),
         bad=[item for item in parsed if isinstance(item, BadLine)],
         lines=len(parsed),
         bytes_read=batch.bytes_read,
@@ -183,3 +211,6 @@ def _train(sender: Connection, experiment: Experiment, files: dict[str, list[pat
         sender.send(tokenizer.train(experiment, files, advance))
     except ExperimentError as fault:
         sender.send(fault)
+    except BaseException as error:  # a panic in Rust is no Exception
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        sender.send(ExperimentError(f"data.tokenizer cannot be trained ({reason}); correct the text"))

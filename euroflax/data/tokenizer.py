@@ -6,7 +6,9 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -20,6 +22,10 @@ SPECIAL_TOKENS = (PAD, BOS, EOS)
 
 # Words keep the space before them, combining marks stay with their letters, digits go in threes.
 _PATTERN = r" ?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+_PIECE = 1 << 16
+_LONG_RUN = re.compile(r"\S{1024}(?=\S)|\s{1024}(?=\s)")
+_SPACE_IN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +44,62 @@ class Tokenizer:
         return 1 + max(self.inner.get_vocab(with_added_tokens=True).values())
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens: markers inside a text are ordinary text."""
+        """Token ids of each text, without special tokens: markers inside a text are ordinary text.
+
+        A text longer than `_PIECE` characters is encoded piece by piece, since an encoding takes some 250 times the
+        memory of its text; the pieces are cut where this changes no token, if there is such a place.
+        """
+        found: list[list[int]] = [[] for _ in texts]
+        short = [i for i, text in enumerate(texts) if len(text) <= _PIECE or not self._cuts_before_spaces]
+        for i, encoding in zip(short, self._encode_batch([texts[i] for i in short]), strict=True):
+            found[i] = encoding
+        for i in set(range(len(texts))) - set(short):
+            for piece in split(texts[i], _PIECE):
+                found[i] += self._encode_batch([piece])[0]
+        return found
+
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.inner.encode_batch(texts, add_special_tokens=False)]
+
+    @functools.cached_property
+    def _cuts_before_spaces(self) -> bool:
+        """Whether a text cut before a space between two letters gives the same tokens: not where text is prefixed."""
+        whole, left, right = self._encode_batch(["one two", "one", " two"])
+        return whole == left + right
+
+    def lost_bytes(self, text: str, ids: Sequence[int]) -> int:
+        """UTF-8 bytes of the characters of a text that its tokens do not give back, 0 for a lossless tokenizer."""
+        back = self.decode(ids)
+        if back == text:
+            return 0
+        lost = collections.Counter(text) - collections.Counter(back)
+        return sum(len(character.encode()) * count for character, count in lost.items())
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         return self.inner.decode(list(ids), skip_special_tokens=True)
+
+
+def split(text: str, size: int) -> list[str]:
+    """A text in pieces of at most `size` characters, cut before a space between two letters where there is one.
+
+    >>> split("one two three", 8)
+    ['one two', ' three']
+    """
+    pieces, start = [], 0
+    while len(text) - start > size:
+        window = text[start : start + size + 1]
+        cuts = [found.start() for found in _SPACE_IN_WORDS.finditer(window)]
+        stop = start + (cuts[-1] if cuts and cuts[-1] > 0 else size)
+        pieces.append(text[start:stop])
+        start = stop
+    return [*pieces, text[start:]]
+
+
+def sample_texts(code: str) -> list[str]:
+    """The embedded texts in one of the 24 official languages."""
+    lines = (resources.files("euroflax.sample") / f"{code}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line)["text"] for line in lines.splitlines()]
 
 
 def read(path: pathlib.Path) -> Tokenizer:
@@ -55,12 +111,16 @@ def read(path: pathlib.Path) -> Tokenizer:
         ExperimentError: the file is not there, is no tokenizer, or lacks the special tokens.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ExperimentError(f"data.tokenizer.path={path} is not a regular file; give a tokenizer.json")
         content = path.read_bytes()
         inner = tokenizers.Tokenizer.from_buffer(content)
     except OSError as error:
         raise ExperimentError(
             f"data.tokenizer.path={path} cannot be read ({error.strerror}); give a tokenizer.json"
         ) from error
+    except ExperimentError:
+        raise
     except Exception as error:  # the tokenizers library raises no narrower type
         raise ExperimentError(f"data.tokenizer.path={path} is no tokenizer.json ({error}); give another") from error
     inner.encode_special_tokens = True
@@ -144,40 +204,58 @@ def balanced_sample(
     by_language: dict[str, list[Source]] = {}
     for source in experiment.data.sources:
         by_language.setdefault(fold(source.language) or source.language, []).append(source)
-    budget = experiment.data.tokenizer.sample_bytes // len(by_language)
+    by_each = experiment.data.tokenizer.sample_bytes // len(by_language)
     for sources in by_language.values():
         for i, source in enumerate(sources):
-            names = files[source.name]
-            share = budget * (i + 1) // len(sources) - budget * i // len(sources)
-            for j, file in enumerate(names):
-                yield from _first_bytes(source, file, share * (j + 1) // len(names) - share * j // len(names), advance)
+            share = by_each * (i + 1) // len(sources) - by_each * i // len(sources)
+            yield from _sample_of(experiment, source, files[source.name], share, advance)
     advance(0)
 
 
-def _first_bytes(source: Source, file: pathlib.Path, budget: int, advance: Callable[[int], None]) -> Iterator[str]:
-    for text in _texts(source, file):
-        if budget <= 0:
-            return
-        size = len(text.encode())
-        if size > budget:
-            text = text.encode()[:budget].decode("utf-8", "ignore")
-        budget -= size
-        advance(min(size, size + budget))
-        yield text
+def _sample_of(
+    experiment: Experiment, source: Source, files: list[pathlib.Path], share: int, advance: Callable[[int], None]
+) -> Iterator[str]:
+    """The first texts of each file of a source, as many bytes of each.
 
-
-def _texts(source: Source, file: pathlib.Path) -> Iterable[str]:
-    found = False
-    reasons: collections.Counter[str] = collections.Counter()
-    for batch in documents.read_raw(file, source):
-        for item in documents.parse(batch, source):
+    Raises:
+        ExperimentError: the source holds no document.
+    """
+    bad: collections.Counter[str] = collections.Counter()
+    num_documents = 0
+    for j, file in enumerate(files):
+        budget = share * (j + 1) // len(files) - share * j // len(files)
+        for item in _items(experiment, source, file):
             if isinstance(item, documents.BadLine):
-                reasons[item.reason] += 1
+                bad[item.reason] += 1
                 continue
-            found = True
-            if not documents.is_held_out(item, source.holdout_fraction):
-                yield item.text
-    if not found:
-        counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items()))
-        why = f"its {reasons.total()} lines hold none ({counts})" if reasons else "it is empty"
-        raise ExperimentError(f"source {source.name}: file {file.name} holds no document, {why}; give it text")
+            num_documents += 1
+            if documents.is_held_out(item, source.holdout_fraction):
+                continue
+            if budget <= 0:
+                break
+            text = item.text.encode()[:budget].decode("utf-8", "ignore")
+            budget -= len(item.text.encode())
+            advance(len(text.encode()))
+            yield from _without_long_runs(text)
+    if not num_documents:
+        raise ExperimentError(documents.no_document(source, bad))
+
+
+def _without_long_runs(text: str) -> Iterator[str]:
+    """A text in parts, cut within runs of over 1,024 characters with no white space in them or nothing else.
+
+    The time to train on such a run is not linear in its length.
+    """
+    start = 0
+    for found in _LONG_RUN.finditer(text):
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
+
+
+def _items(
+    experiment: Experiment, source: Source, file: pathlib.Path
+) -> Iterator[documents.Document | documents.BadLine]:
+    most = experiment.data.max_document_bytes
+    for batch in documents.read_raw(file, source, most):
+        yield from documents.parse(batch, source, most)

@@ -79,6 +79,9 @@ class Tokenizer:
     """A tokenizer.json below the data root, used as it is; None trains one on the sources."""
     sample_bytes: int = 1_000_000_000
     """Bytes of text on which one is trained, the same number from each language."""
+    max_lost_fraction: float = 0.0
+    """The largest share of a source's bytes that the tokens may not give back. What is lost costs 8 bits a byte in
+    bits per byte."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,8 @@ class Data:
     """Whether the end-of-document token is learnt as a target."""
     bad_line_fraction: float = 0.001
     """Unreadable lines are set aside in a file; a source with a larger share of them stops the run."""
+    max_document_bytes: int = 2**24
+    """A longer line or text is set aside with the unreadable lines."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +141,7 @@ class Model:
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass computes again: nothing, all but matrix products, or each whole layer."""
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
-    """Layers in a compiled loop or one by one; auto unrolls on CPU and scans elsewhere."""
+    """Layers, and chunks of the loss, in a compiled loop or one by one; auto unrolls on CPU and scans elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

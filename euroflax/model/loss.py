@@ -1,5 +1,7 @@
 """The loss of each token, from chunks of logits; and sums of it by language."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -25,7 +27,7 @@ def token_losses(
     chunks = num_chunks(config, chunk_entries, parts)
     kernel_DVXU = output_kernel(config, params).reshape(config.embed_dim, parts, chunks, -1)
     kernel_XDVU = constrain(jnp.moveaxis(kernel_DVXU, 2, 0), "XDVU", PARAMETERS)
-    nats_BL, normaliser_BL = _losses(hidden_BLD, kernel_XDVU, laid["targets_BL"])
+    nats_BL, normaliser_BL = _losses(_unroll(config, chunks), hidden_BLD, kernel_XDVU, laid["targets_BL"])
     return in_order(constrain(nats_BL, "BL")), in_order(constrain(normaliser_BL, "BL"))
 
 
@@ -39,13 +41,28 @@ def num_chunks(config: Model, chunk_entries: int, parts: int) -> int:
     return entries // fits[0] if fits and 2 * fits[0] >= min(most, entries) else 1
 
 
-@jax.custom_vjp
-def _losses(hidden_BLD: jax.Array, kernel_XDVU: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _unroll(config: Model, chunks: int) -> int:
+    """How many chunks an iteration of the compiled loop takes: on CPU all of them, up to `MAX_UNROLLED_CHUNKS`.
+
+    With `--xla_cpu_experimental_onednn_custom_call`, XLA of jaxlib 0.12 takes minutes to compile bfloat16 products
+    inside this loop.
+    """
+    if config.layer_loop == "scan" or chunks > MAX_UNROLLED_CHUNKS:
+        return 1
+    return chunks if jax.default_backend() == "cpu" else 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _losses(
+    unroll: int, hidden_BLD: jax.Array, kernel_XDVU: jax.Array, targets_BL: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Losses and log-normalisers over X chunks of the vocabulary, of U entries on each of V parts of the devices."""
-    return _losses_forward(hidden_BLD, kernel_XDVU, targets_BL)[0]
+    return _losses_forward(unroll, hidden_BLD, kernel_XDVU, targets_BL)[0]
 
 
-def _losses_forward(hidden_BLD: jax.Array, kernel_XDVU: jax.Array, targets_BL: jax.Array) -> tuple[tuple, tuple]:
+def _losses_forward(
+    unroll: int, hidden_BLD: jax.Array, kernel_XDVU: jax.Array, targets_BL: jax.Array
+) -> tuple[tuple, tuple]:
     def fold(carry: tuple, chunk: tuple) -> tuple[tuple, None]:
         highest_BLV, total_BLV, target_BLV = carry
         kernel_DVU = constrain(chunk[1].astype(hidden_BLD.dtype), "DVU")
@@ -57,15 +74,13 @@ def _losses_forward(hidden_BLD: jax.Array, kernel_XDVU: jax.Array, targets_BL: j
 
     shape = (*targets_BL.shape, kernel_XDVU.shape[2])
     start = tuple(constrain(jnp.full(shape, value, jnp.float32), "BLV") for value in (-jnp.inf, 0, 0))
-    (highest_BLV, total_BLV, target_BLV), _ = jax.lax.scan(
-        fold, start, _chunks(kernel_XDVU), unroll=_unroll(kernel_XDVU)
-    )
+    (highest_BLV, total_BLV, target_BLV), _ = jax.lax.scan(fold, start, _chunks(kernel_XDVU), unroll=unroll)
     normaliser_BL = jax.nn.logsumexp(highest_BLV + jnp.log(total_BLV), axis=-1)
     found = (normaliser_BL - target_BLV.sum(axis=-1), normaliser_BL)
     return found, (hidden_BLD, kernel_XDVU, targets_BL, normaliser_BL)
 
 
-def _losses_backward(kept: tuple, changes: tuple) -> tuple:
+def _losses_backward(unroll: int, kept: tuple, changes: tuple) -> tuple:
     hidden_BLD, kernel_XDVU, targets_BL, normaliser_BL = kept
     of_nats_BL, of_normaliser_BL = changes
 
@@ -81,21 +96,11 @@ def _losses_backward(kept: tuple, changes: tuple) -> tuple:
         return constrain(total_VBLD, "VBLD"), of_part_DVU.astype(kernel_XDVU.dtype)
 
     start_VBLD = constrain(jnp.zeros((kernel_XDVU.shape[2], *hidden_BLD.shape)), "VBLD")
-    total_VBLD, of_kernel_XDVU = jax.lax.scan(fold, start_VBLD, _chunks(kernel_XDVU), unroll=_unroll(kernel_XDVU))
+    total_VBLD, of_kernel_XDVU = jax.lax.scan(fold, start_VBLD, _chunks(kernel_XDVU), unroll=unroll)
     return constrain(total_VBLD.sum(axis=0).astype(hidden_BLD.dtype), "BRD"), of_kernel_XDVU, None
 
 
 _losses.defvjp(_losses_forward, _losses_backward)
-
-
-def _unroll(kernel_XDVU: jax.Array) -> int:
-    """How many chunks an iteration of the compiled loop takes: on CPU all of them, up to `MAX_UNROLLED_CHUNKS`.
-
-    With `--xla_cpu_experimental_onednn_custom_call`, XLA of jaxlib 0.12 takes minutes to compile bfloat16 products
-    inside this loop.
-    """
-    chunks = kernel_XDVU.shape[0]
-    return chunks if jax.default_backend() == "cpu" and chunks <= MAX_UNROLLED_CHUNKS else 1
 
 
 def _chunks(kernel_XDVU: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,6 @@
 """The record of a run on disk: `experiment.json`, `manifest.json` and `metrics.jsonl` of its folder. No jax here."""
 
+import contextlib
 import dataclasses
 import datetime
 import fcntl
@@ -18,14 +19,15 @@ from euroflax.data.order import Order
 from euroflax.data.prepare import Prepared
 from euroflax.data.store import Store
 from euroflax.data.withdrawals import write_history
-from euroflax.experiment import Experiment, ExperimentError, Source, to_json
+from euroflax.experiment import Experiment, ExperimentError, Source, from_json, to_json
 from euroflax.experiment.codec import shown
-from euroflax.folders import is_full, make_folder, replace_file, replace_json
+from euroflax.folders import is_full, make_folder, open_lock, replace_file, replace_json
 from euroflax.languages import fold
 from euroflax.training.goodput import goodput, lost, moved, next_number, recover, totals
 
 _MAY_DIFFER = re.compile(
-    r"mesh\.|checkpoint\.|evaluation\.|training\.(batch_tokens|accumulation_steps)$|stages\[\d+\]\.batch_tokens$"
+    r"mesh\.|checkpoint\.|evaluation\.|data\.(tokenizer\.max_lost_fraction|bad_line_fraction)$"
+    r"|training\.(batch_tokens|accumulation_steps)$|stages\[\d+\]\.batch_tokens$"
     r"|data\.sources\[\d+\]\.block_list$|(data|stages\[\d+\])\.mixture\.max_epochs$"
 )
 _MAX_FAULTS = 8
@@ -79,7 +81,7 @@ class Record:
         return manifest
 
     def _take_lock(self) -> IO:
-        lock = open(self.path / "lock", "w")
+        lock = open_lock(self.path / "lock")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -289,6 +291,8 @@ def read_json(file: pathlib.Path) -> dict | None:
 
 def differences(earlier: dict, later: dict, path: pathlib.Path) -> list[str]:
     """The faults of resuming a run as another experiment: each field that may not differ and does."""
+    with contextlib.suppress(ExperimentError):  # a field that it does not know has the default, as it had then
+        earlier = to_json(from_json(earlier))
     before, after = dict(leaves(earlier, "")), dict(leaves(later, ""))
     faults = []
     for field in sorted(before.keys() | after.keys()):

@@ -15,7 +15,10 @@ PACKINGS = [(packing, long) for packing in ("concat", "best-fit") for long in ("
 def make_store(path, lengths):
     writer = StoreWriter(path, 60_000)
     names = (None, "a", "b")
-    rows = [{"id": f"d{i}", "bytes": 7 * n, "provider": names[i % 3], "licence": None} for i, n in enumerate(lengths)]
+    rows = [
+        {"id": f"d{i}", "bytes": 7 * n, "provider": names[i % 3], "licence": None, "lost": 0}
+        for i, n in enumerate(lengths)
+    ]
     writer.append(np.arange(1, sum(lengths) + 1), rows, np.array(lengths))
     writer.finish({})
     return open_store(path)

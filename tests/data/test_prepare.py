@@ -1,15 +1,29 @@
 import collections
 import dataclasses
+import fcntl
 import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
+import tokenizers
 
+from euroflax import tables
 from euroflax.data import prepare as preparation
 from euroflax.data.prepare import open_prepared, prepare
-from euroflax.experiment import Evaluation, ExperimentError, Mixture, Source, to_json
+from euroflax.experiment import (
+    Evaluation,
+    ExperimentError,
+    Interrupted,
+    Mixture,
+    RunFailed,
+    Source,
+    override,
+    to_json,
+)
 from euroflax.folders import Folders
 from tests.conftest import ROOT, small
 
@@ -46,7 +60,9 @@ def test_a_store_holds_every_document_in_order_with_its_provenance(tmp_path):
     written = [json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert list(texts(prepared, store)) == written
     assert store.num_bytes == sum(len(text.encode()) for text in written)
-    assert store.documents([2999]) == [{"id": "d2999", "bytes": len(written[-1]), "provider": "p1", "licence": None}]
+    assert store.documents([2999]) == [
+        {"id": "d2999", "bytes": len(written[-1]), "provider": "p1", "licence": None, "lost": 0}
+    ]
 
 
 def test_preparing_again_makes_nothing(tmp_path, monkeypatch):
@@ -233,3 +249,112 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         peaks.append([int(kib) for kib in done.stdout.split()])
     # Twenty times the text, 80 MB against 4: neither the parent nor a worker holds much more.
     assert max(big - small for small, big in zip(*peaks, strict=True)) < 40 * 1024, peaks
+
+
+def test_text_that_changes_between_its_hash_and_its_reading_is_not_stored_under_that_hash(tmp_path, monkeypatch):
+    declared, folders = own(tmp_path)
+    file = tmp_path / "a.jsonl"
+    known = file.stat()
+    made, changed = preparation._make_stores, file.read_text().replace("one", "eno")
+
+    def change(*arguments):
+        file.write_text(changed)
+        os.utime(file, ns=(known.st_atime_ns, known.st_mtime_ns))
+        made(*arguments)
+
+    monkeypatch.setattr(preparation, "_make_stores", change)
+    with pytest.raises(Interrupted, match=r"a\.jsonl changed while it was read"):
+        prepare(declared, folders)
+    assert list((folders.cache_dir / "stores").glob("*/manifest.json")) == []
+    monkeypatch.undo()
+    prepared = prepare(declared, folders)
+    assert next(texts(prepared, prepared.train[0][1])).startswith("eno")
+
+
+def losing(tmp_path, letters):
+    """A tokenizer file without some letters, on which `own` can be prepared."""
+    declared, folders = own(tmp_path)
+    prepared = prepare(declared, folders)
+    inner = tokenizers.Tokenizer.from_str(prepared.tokenizer_path.read_text())
+    inner.normalizer = tokenizers.normalizers.Replace(tokenizers.Regex(f"[{letters}]"), "")
+    inner.save(str(tmp_path / "losing.json"))
+    tokenizer = dataclasses.replace(declared.data.tokenizer, path="losing.json")
+    return dataclasses.replace(declared, data=dataclasses.replace(declared.data, tokenizer=tokenizer)), folders
+
+
+def test_a_tokenizer_that_loses_text_is_refused_by_language_and_by_source(tmp_path):
+    declared, folders = losing(tmp_path, "ea")
+    with pytest.raises(ExperimentError, match=r"loses text in English: its tokens do not give back \d+ of \d+ bytes"):
+        prepare(declared, folders)
+    declared, folders = losing(tmp_path, "7")
+    with pytest.raises(ExperimentError, match=r"source a: the tokens do not give back 40 of \d+ bytes"):
+        prepare(declared, folders)
+    bounded = override(declared, {"data.tokenizer.max_lost_fraction": 0.05})
+    ((_, store),) = prepare(bounded, folders).train
+    assert store.num_lost_bytes == sum(line.count("7") for line in map(str, range(200)))
+
+
+def test_an_empty_shard_among_full_ones_is_passed_over(tmp_path):
+    declared, folders = own(tmp_path, path="shards")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "a.jsonl").rename(tmp_path / "shards/b.jsonl")
+    (tmp_path / "shards/a.jsonl").touch()
+    assert prepare(declared, folders).train[0][1].num_documents == 200
+
+
+def test_a_cache_that_cannot_be_written_is_used_where_it_holds_everything(tmp_path, monkeypatch):
+    declared, folders = own(tmp_path)
+    prepare(declared, folders)
+    monkeypatch.setattr(preparation, "make_folder", lambda *_: pytest.fail("the cache is written"))
+    assert prepare(declared, folders).train[0][1].num_documents == 200
+
+
+def test_a_lock_that_another_process_holds_is_waited_for_with_a_message(tmp_path):
+    declared, folders = own(tmp_path)
+    key = prepare(declared, folders).train[0][1].path
+    shutil.rmtree(key)
+    said = []
+
+    def progress(task, done, total):
+        if task.startswith("waiting for another process that holds"):
+            said.append(task)
+            raise Interrupted("stopped")
+
+    with open(key.with_suffix(".lock")) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(Interrupted):
+            prepare(declared, folders, progress)
+    assert len(said) == 1
+
+
+def test_a_symbolic_link_in_place_of_a_lock_is_refused_and_its_target_whole(tmp_path):
+    declared, folders = own(tmp_path)
+    path = prepare(declared, folders).train[0][1].path
+    shutil.rmtree(path)
+    (tmp_path / "precious").write_text("mine")
+    path.with_suffix(".lock").unlink()
+    path.with_suffix(".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(RunFailed, match="is a symbolic link where a lock should be"):
+        prepare(declared, folders)
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_tokenizer_that_fails_in_a_worker_is_a_line_with_the_place(tmp_path):
+    declared, folders = own(tmp_path)
+    vocabulary = {token: i for i, token in enumerate(["<|pad|>", "<|begin_of_text|>", "<|end_of_text|>"])}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="missing")).save(str(tmp_path / "t.json"))
+    declared = override(declared, {"data.tokenizer.path": "t.json", "data.tokenizer.max_lost_fraction": 1.0})
+    source = dataclasses.replace(declared.data.sources[0], language="nn")
+    declared = dataclasses.replace(declared, data=dataclasses.replace(declared.data, sources=(source,)))
+    with pytest.raises(ExperimentError, match=r"source a: lines 1 to 200 of .*a\.jsonl cannot be tokenized"):
+        prepare(declared, folders)
+
+
+def test_bad_lines_below_the_bound_are_told_with_their_file(tmp_path):
+    declared, folders = own(tmp_path)
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write("not json\n")
+    prepared = prepare(override(declared, {"data.bad_line_fraction": 0.1}), folders)
+    (line,) = tables.about_bad_lines(folders, prepared)
+    assert line.startswith("bad lines   source a: not JSON: 1, of 201 lines, see ")
+    assert pathlib.Path(line.rpartition("see ")[2]).is_file()

@@ -17,7 +17,7 @@ def write(path, lengths, vocab_size=300, shard=None):
     tokens = rng.integers(0, vocab_size, sum(lengths)).astype(np.uint32)
     at = 0
     for i, length in enumerate(lengths):
-        row = {"id": f"d{i}", "bytes": 3 * length, "provider": None if i % 2 else "p", "licence": None}
+        row = {"id": f"d{i}", "bytes": 3 * length, "provider": None if i % 2 else "p", "licence": None, "lost": 0}
         writer.append(tokens[at : at + length], [row], np.array([length]))
         at += length
     writer.finish({"name": "s"})
@@ -34,8 +34,8 @@ def test_what_was_written_is_read(tmp_path, vocab_size):
     assert np.array_equal(store.read(6, 9), tokens[6:9])
     assert [store.document(i) for i in range(4)] == [(0, 5), (5, 8), (8, 1008), (1008, 1010)]
     assert store.documents([3, 0]) == [
-        {"id": "d3", "bytes": 6, "provider": None, "licence": None},
-        {"id": "d0", "bytes": 15, "provider": "p", "licence": None},
+        {"id": "d3", "bytes": 6, "provider": None, "licence": None, "lost": 0},
+        {"id": "d0", "bytes": 15, "provider": "p", "licence": None, "lost": 0},
     ]
 
 
@@ -72,7 +72,7 @@ def test_a_small_store_has_a_few_windows_too(tmp_path, tokens, windows):
 
 def test_an_unfinished_store_is_none(tmp_path):
     writer = StoreWriter(tmp_path / "s", 300)
-    writer.append(np.arange(5), [{"id": "a", "bytes": 5, "provider": None, "licence": None}], np.array([5]))
+    writer.append(np.arange(5), [{"id": "a", "bytes": 5, "provider": None, "licence": None, "lost": 0}], np.array([5]))
     assert open_store(tmp_path / "s") is None
     assert open_store(tmp_path / "nowhere") is None
     writer.close()

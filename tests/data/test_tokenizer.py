@@ -2,14 +2,16 @@ import dataclasses
 import json
 
 import pytest
+import tokenizers
 
 from euroflax.data import documents, tokenizer
+from euroflax.data.files import find_files
 from euroflax.experiment import ExperimentError
 from tests.conftest import ROOT, small
 
 
 def files(declared):
-    return {source.name: documents.find_files(source, ROOT) for source in declared.data.sources}
+    return {source.name: find_files(source, ROOT) for source in declared.data.sources}
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +73,32 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(ExperimentError, match=message):
         tokenizer.read(path)
+
+
+def test_long_texts_are_encoded_in_pieces_with_the_same_tokens(trained, monkeypatch):
+    text = "One two, three. Four five six!\n\n" * 40
+    (whole,) = trained.encode([text])
+    monkeypatch.setattr(tokenizer, "_PIECE", 64)
+    pieces = tokenizer.split(text, 64)
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 64 < len(text)
+    assert trained.encode(["a", text, "b"]) == [trained.encode(["a"])[0], whole, trained.encode(["b"])[0]]
+
+
+def test_a_text_without_a_space_is_split_too():
+    assert tokenizer.split("a" * 10, 4) == ["aaaa", "aaaa", "aa"]
+
+
+@pytest.mark.parametrize("text", ["a" * 4_000_000, " " * 1_000_000, "ab" * 500_000])
+def test_a_vocabulary_is_made_of_long_runs_in_bounded_time(tmp_path, text):
+    runs = list(tokenizer._without_long_runs(text))
+    assert "".join(runs) == text and max(map(len, runs)) == 1024
+
+
+def test_lost_bytes_are_those_of_characters_that_do_not_come_back(trained):
+    lower = tokenizers.Tokenizer.from_str(trained.inner.to_str())
+    lower.normalizer = tokenizers.normalizers.Lowercase()
+    losing = dataclasses.replace(trained, inner=lower)
+    text = "Ωμέγα Και A"
+    (ids,) = losing.encode([text])
+    assert losing.lost_bytes(text, ids) == len("ΩΚA".encode())
+    assert trained.lost_bytes(text, trained.encode([text])[0]) == 0
