@@ -29,7 +29,9 @@ class Call:
 
 
 def _train(call: Call) -> None:
-    run = verbs.train(call.declared, call.folders, call.display, call.stop, call.options.track or ())
+    options = call.options
+    given = (call.declared, call.folders, call.display, call.stop, options.track or ())
+    run = verbs.train(*given, from_scratch=bool(options.from_scratch))
     call.display.close()
     call.display.evaluations(run.metrics)
     if call.options.process_id == 0:
@@ -76,6 +78,11 @@ def _prepare(call: Call) -> None:
     tokens = sum(store.num_tokens for _, store in prepared.train)
     call.display.note(f"prepared    {len(prepared.train)} sources, {tokens:,} tokens, in {call.folders.cache_dir}")
     about_bad = tables.about_bad_lines(call.folders, prepared)
+    if not prepared.tokenizer.begins_texts:
+        call.display.note(
+            f"tokenizer   {prepared.tokenizer_path} puts no begin token before a text; training, evaluation and "
+            "generation do, and an export will"
+        )
     for line in (*tables.about_rows(call.declared, prepared), *about_bad):
         call.display.note(line)
 

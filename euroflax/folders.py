@@ -42,6 +42,22 @@ class Folders:
         """The folder of the run of this name."""
         return self.runs_dir / name
 
+    def set_aside(self, name: str) -> pathlib.Path | None:
+        """Renames the folder of a run, so that the run begins from scratch; None where there is none.
+
+        Raises:
+            ExperimentError: another process is using it.
+        """
+        folder = self.run_dir(name)
+        if not folder.is_dir():
+            return None
+        with open_lock(folder / "lock") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ExperimentError(f"run folder={folder} is in use by another process; wait for it") from error
+            return folder.rename(folder.with_name(f"{folder.name}.aside-{os.urandom(4).hex()}"))
+
     def find_run(self, name: str) -> pathlib.Path:
         """A run by its name, or by its folder wherever it is."""
         return self.run_dir(name) if self.run_dir(name).is_dir() else pathlib.Path(name)

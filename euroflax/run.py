@@ -60,6 +60,7 @@ _ONLY_FOR = {
     "time_limit": ("train", "prepare", "evaluate", "generate"),
     "track": ("train",),
     "hang_minutes": ("train", "evaluate", "generate"),
+    "from_scratch": ("train",),
 }
 """Flags that mean nothing to other verbs."""
 
@@ -162,6 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--track", action="append", metavar="NAME", help="show metrics with tensorboard or wandb too; may be repeated"
+    )
+    parser.add_argument(
+        "--from-scratch", action="store_true", default=None, help="begin at step 0; the run folder is renamed and kept"
     )
     parser.add_argument("--json", action="store_true", default=None, help="one JSON document on standard output")
     _add_flags_of_verbs(parser)

@@ -66,6 +66,11 @@ ACTIVATIONS: Table = {
 }
 
 
+def least_devices(mesh: experiment.Mesh) -> int:
+    """As many devices as a mesh needs at least."""
+    return math.prod(max(getattr(mesh, axis), 1) for axis in AXES)
+
+
 def mesh_sizes(mesh: experiment.Mesh, num_devices: int) -> dict[str, int]:
     """The size of each mesh axis on `num_devices` devices, with -1 filled in.
 

@@ -3,20 +3,18 @@
 import dataclasses
 import functools
 import itertools
-import math
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
 
 from euroflax import evaluation, generation, huggingface, planning, processes, sharding, tables
+from euroflax.checking import check
 from euroflax.checkpoint import SavedParams, latest_step, open_latest
 from euroflax.console import SilentDisplay, evaluations_as_html
-from euroflax.data import documents, withdrawals
 from euroflax.data import prepare as preparation
 from euroflax.data import tokenizer as tokens
-from euroflax.data.files import find_files, not_read
+from euroflax.data.files import not_read
 from euroflax.data.ledger import Entry, ledger
 from euroflax.data.loader import PlacedRow, Rows
 from euroflax.data.prepare import Prepared
@@ -31,6 +29,8 @@ from euroflax.training.clock import Clock
 from euroflax.training.record import read_json, read_manifest, read_metrics
 from euroflax.training.step import abstract_state
 from euroflax.training.stop import Stop
+
+__all__ = ["Read", "Run", "check", "evaluate", "export", "generate", "plan", "prepare", "show", "show_ledger", "train"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,77 +52,6 @@ class Run:
 
     def _repr_html_(self) -> str:
         return evaluations_as_html(self.metrics)
-
-
-def _check_sources(declared: Experiment, folders: Folders) -> tuple[list[dict], list[str], list[str]]:
-    """The sources with their files and sizes, what their folders hold and is not read, and the faults found."""
-    sources: list[dict] = []
-    passed_over: list[str] = []
-    faults: list[str] = []
-    for source in declared.data.sources + declared.evaluation.sources:
-        try:
-            files = find_files(source, folders.data_root)
-            unreadable = [file for file in files if not os.access(file, os.R_OK)]
-            faults += [
-                f"source {source.name}: file {file} cannot be read; check its permissions" for file in unreadable
-            ]
-            if not unreadable and (fault := documents.first_fault(files[0], source, declared.data.max_document_bytes)):
-                faults.append(fault)
-        except ExperimentError as error:
-            faults.extend(error.faults)
-            continue
-        if (line := not_read(source, folders.data_root)) is not None:
-            passed_over.append(line)
-        size = sum(file.stat().st_size for file in files)
-        sources.append({"source": source.name, "language": source.language, "files": len(files), "file_bytes": size})
-    return sources, passed_over, faults
-
-
-def check(declared: Experiment, folders: Folders) -> dict:
-    """Looks at the files that an experiment needs, without a device: sizes of its sources, folders to write.
-
-    Raises:
-        ExperimentError: with all faults found.
-    """
-    sources, passed_over, faults = _check_sources(declared, folders)
-    if declared.data.tokenizer.path is not None:
-        try:
-            preparation.checked_tokenizer(declared, folders.data_root / declared.data.tokenizer.path)
-        except ExperimentError as error:
-            faults.extend(error.faults)
-    if declared.continue_from is not None:
-        try:
-            huggingface.check_agreement(declared, folders.data_root)
-        except ExperimentError as error:
-            faults.extend(error.faults)
-    try:
-        withdrawals.read_lists(declared, folders)
-    except ExperimentError as error:
-        faults.extend(error.faults)
-    try:
-        prepared = None if faults else preparation.open_prepared(declared, folders)
-    except NotPrepared:
-        prepared = None
-    for path, option in ((folders.cache_dir, "--cache-dir"), (folders.runs_dir, "--runs-dir")):
-        try:
-            if prepared is None or path != folders.cache_dir:
-                make_folder(path, option)
-        except ExperimentError as error:
-            faults.extend(error.faults)
-    if faults:
-        raise ExperimentError(*faults)
-    planning.trace_stages(declared, _least_devices(declared))
-    order = None if prepared is None else Rows(declared, prepared).order
-    stages = planning.describe_stages(declared, order)
-    left_out = [] if prepared is None else tables.about_withdrawn(prepared)
-    bad = [] if prepared is None else tables.about_bad_lines(folders, prepared)
-    found = {"name": declared.name, "sources": sources, "stages": stages, "withdrawn": left_out}
-    return found | {"not_read": passed_over, "bad_lines": bad, "faults": []}
-
-
-def _least_devices(declared: Experiment) -> int:
-    """As many devices as the mesh of an experiment needs at least."""
-    return math.prod(max(getattr(declared.mesh, axis), 1) for axis in sharding.AXES)
 
 
 def prepare(
@@ -200,7 +129,7 @@ def plan(
     if target is not None:
         num_devices = target.num_devices
     elif num_devices is None:
-        num_devices = _least_devices(declared)
+        num_devices = sharding.least_devices(declared.mesh)
     try:
         order = Rows(declared, preparation.open_prepared(declared, folders)).order
     except NotPrepared:
@@ -214,6 +143,8 @@ def train(
     display: loop.Display | None = None,
     stop: Stop | None = None,
     track: Sequence[str] = (),
+    *,
+    from_scratch: bool = False,
 ) -> Run:
     """Prepares what is missing, trains or goes on training, and evaluates.
 
@@ -223,6 +154,7 @@ def train(
         display: what is told of it.
         stop: a wish to stop.
         track: what shows its metrics besides: `tensorboard`, `wandb`.
+        from_scratch: whether a run folder that is there is renamed, so that the run begins at step 0.
 
     Raises:
         ExperimentError: something in the experiment does not fit the data, the devices or the run folder.
@@ -234,6 +166,13 @@ def train(
     tracking.check(track)
     sharding.make_mesh(declared)
     run_dir = folders.run_dir(declared.name)
+    if "[" in str(run_dir.absolute()):
+        raise ExperimentError(f"run folder={run_dir} has a [ in its path, which Orbax cannot read; use another folder")
+    if from_scratch:
+        aside = folders.set_aside(declared.name) if jax.process_index() == 0 else None
+        if aside is not None:
+            display.note(f"the run that was there is kept in {aside}")
+        processes.agree(False)  # the others wait until it is renamed
     make_folder(run_dir, "run folder")
     if declared.continue_from is not None and latest_step(run_dir / "checkpoints") is None:
         huggingface.check_agreement(declared, folders.data_root)
@@ -369,7 +308,9 @@ def export(
 
     declared = from_json(saved.facts["experiment"])
     card = model_card(declared, read_manifest(run_dir), read_metrics(run_dir), saved.facts)
-    huggingface.export(declared, saved.read, run_dir / "hf", tokenizer, card, dtype, advance=advance)
+    old = huggingface.export(declared, saved.read, run_dir / "hf", tokenizer, card, dtype, advance=advance)
+    if old is not None:
+        display.note(f"the folder that was there is kept as {old}")
     return run_dir / "hf"
 
 

@@ -29,14 +29,15 @@ RANKS = {
     "tables": 9,
     "report": 8,
     "comparison": 9,
-    "verbs": 10,
-    "bench": 10,
-    "interface": 11,
-    "commands": 11,
-    "run": 12,
+    "checking": 10,
+    "verbs": 11,
+    "bench": 11,
+    "interface": 12,
+    "commands": 12,
+    "run": 13,
     "sample": 0,
 }
-RANK_OF_PACKAGE_INIT = 13
+RANK_OF_PACKAGE_INIT = 14
 
 
 def part(path: pathlib.Path) -> str:

@@ -10,9 +10,11 @@ import pytest
 from euroflax import sharding
 from euroflax.checkpoint import (
     Checkpoints,
+    SaveFailed,
     hash_files,
     latest_step,
     listed_steps,
+    manager,
     open_latest,
     verify,
 )
@@ -168,7 +170,7 @@ def harm_all(path):
 def test_checkpoints_of_which_none_is_whole_are_refused_and_stay(copied, harm):
     harm(copied[0])
     with pytest.raises(
-        ExperimentError, match=r"none of its checkpoints \(1, 2\) is whole; restore one, or move .*anew"
+        ExperimentError, match=r"none of its checkpoints \(1, 2\) is whole; restore one, begin from scratch"
     ):
         opened(copied[0])
     assert listed_steps(copied[0]) == [1, 2]
@@ -304,3 +306,50 @@ def test_a_layer_can_be_read_without_the_others(tmp_path):
     for name in ("layers/mlp/gate_DF", "final_norm_D"):
         with pytest.raises(Interrupted, match="checkpoint 2 went away or was changed while it was read"):
             saved.read(name, (0,))
+
+
+def test_a_checkpoint_without_a_manifest_is_put_aside_whole_and_not_deleted(copied):
+    forget(copied[0] / "2")
+    before = hash_files(copied[0] / "2")
+    opened(copied[0])[0].close()
+    (aside,) = (copied[0] / "harmed").iterdir()
+    assert hash_files(aside) == before
+
+
+def test_a_run_that_saved_once_does_not_begin_again_where_its_checkpoints_are_gone(saved, tmp_path):
+    (tmp_path / "last_save.json").write_bytes((saved[0].parent / "last_save.json").read_bytes())
+    with pytest.raises(ExperimentError, match=r"its checkpoints are gone; restore one, begin from scratch with --from"):
+        opened(tmp_path / "checkpoints")
+
+
+def test_a_record_of_an_earlier_version_says_that_checkpoints_are_gone(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"sessions": [{"saves": {"longest_seconds": 1.5}}]}))
+    with pytest.raises(ExperimentError, match="its checkpoints are gone"):
+        opened(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("name", ["a b", "x%20y", "a#b?c", "w*é"])
+def test_checkpoints_are_read_from_any_path(saved, tmp_path, name):
+    shutil.copytree(saved[0], tmp_path / name / "checkpoints")
+    found = open_latest(tmp_path / name / "checkpoints", lambda facts: None, pytest.fail)
+    assert found is not None
+    assert found.read("final_norm_D").shape == (32,)
+
+
+def test_a_checkpoint_that_the_reader_cannot_open_is_not_committed(copied, monkeypatch):
+    def fail(path, step):
+        raise ValueError("cannot be read")
+
+    monkeypatch.setattr(manager, "check_readable", fail)
+    checkpoints, _ = opened(copied[0])
+    state, _ = restored(checkpoints)
+    checkpoints.save(3, state, {"step": 3})
+    with pytest.raises(SaveFailed, match="cannot be read"):
+        checkpoints.wait()
+    assert latest_step(copied[0]) == 2
+    checkpoints.close()
+
+
+def test_digits_of_other_scripts_are_no_step(copied):
+    (copied[0] / "٤٢").mkdir()
+    assert listed_steps(copied[0]) == [1, 2]

@@ -19,11 +19,17 @@ from euroflax.processes import from_first
 TRASH = "trash"
 HARMED = "harmed"
 MANIFESTS = "manifests"
+LAST_SAVE = "last_save.json"
+"""In the run folder: the step of the latest checkpoint that was saved to its end."""
 
 
 def listed_steps(path: pathlib.Path) -> list[int]:
     """Steps that have a folder, finished or not, in order."""
-    return sorted(int(entry.name) for entry in path.iterdir() if entry.name.isdecimal()) if path.is_dir() else []
+    return (
+        sorted(int(entry.name) for entry in path.iterdir() if entry.name.isascii() and entry.name.isdecimal())
+        if path.is_dir()
+        else []
+    )
 
 
 def is_vouched(path: pathlib.Path, step: int) -> bool:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import json
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 from euroflax import experiment
 from euroflax.checkpoint.folder import (
     HARMED,
+    LAST_SAVE,
     MANIFESTS,
     TRASH,
     empty_trash,
@@ -34,6 +36,7 @@ from euroflax.checkpoint.folder import (
     put_aside,
     read_facts,
 )
+from euroflax.checkpoint.params import check_readable
 from euroflax.experiment import ExperimentError
 from euroflax.folders import is_full, replace_json
 from euroflax.processes import gather_json
@@ -93,10 +96,9 @@ class Checkpoints:
         )
 
     def _clean(self) -> int | None:
-        """Latest step whose files are as its manifest says.
+        """Latest step whose files are as its manifest says; later ones are put aside and never deleted.
 
-        Unfinished ones go to the trash; those that were whole once are put aside and never deleted, as are several
-        without a manifest: a save that dies leaves one such at most, so these have lost theirs.
+        A save that dies leaves one step without a manifest at most; where there are several, they have lost theirs.
 
         Raises:
             ExperimentError: there were checkpoints, and none of them is whole.
@@ -107,15 +109,27 @@ class Checkpoints:
         later = [step for step in listed_steps(self._path) if latest is None or step > latest]
         bare = [step for step in later if not is_vouched(self._path, step)]
         lost = [step for step in later if step not in bare or len(bare) > 1]
+        fix = "restore one, begin from scratch with --from-scratch, or give the run another name"
         if latest is None and lost:
             raise ExperimentError(
-                f"run folder={self._path.parent}: none of its checkpoints ({', '.join(map(str, lost))}) is whole; "
-                f"restore one, or move {self._path} away and begin anew"
+                f"run folder={self._path.parent}: none of its checkpoints ({', '.join(map(str, lost))}) is whole; {fix}"
             )
+        if latest is None and self._saved_before():
+            raise ExperimentError(f"run folder={self._path.parent}: its checkpoints are gone; {fix}")
         for step in later:
-            put_aside(self._path, step, HARMED if step in lost else TRASH)
+            put_aside(self._path, step, HARMED)
         empty_trash(self._path)
         return latest
+
+    def _saved_before(self) -> bool:
+        """Whether the record of the run says that a checkpoint was saved to its end."""
+        if (self._path.parent / LAST_SAVE).exists():
+            return True
+        try:  # of earlier versions
+            sessions = json.loads((self._path.parent / "manifest.json").read_bytes())["sessions"]
+            return any(session["saves"]["longest_seconds"] > 0 for session in sessions)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def save(self, step: int, state: object, facts: dict, first: Callable[[], None] = lambda: None) -> None:
         """Begins to save; returns when the state may be changed, while files are still being written.
@@ -141,7 +155,9 @@ class Checkpoints:
         """Waits for Orbax to commit a step, then vouches for it. Orbax's own callback comes before its commit."""
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
+            check_readable(self._path, step)
             replace_json(manifest_of(self._path, step), hash_files(self._path / str(step)))
+            replace_json(self._path.parent / LAST_SAVE, {"step": step})
             empty_trash(self._path)
         self.save_seconds = max(self.save_seconds, time.monotonic() - began)
 

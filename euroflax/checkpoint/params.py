@@ -42,8 +42,7 @@ class SavedParams:
 
     def _read(self, name: str, index: tuple[slice | int, ...] | None) -> np.ndarray:
         if name not in self._opened:
-            base = f"file://{(self.path / str(self.step) / 'state').resolve()}/"
-            kvstore = {"driver": "ocdbt", "base": base, "path": f"params.{name.replace('/', '.')}/"}
+            kvstore = {**_kvstore(self.path, self.step), "path": f"params.{name.replace('/', '.')}/"}
             spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
             self._opened[name] = ts.open(spec, open=True, read=True).result()
         return self._opened[name][index or ()].read().result()
@@ -60,6 +59,21 @@ class SavedParams:
             return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: self.read(name, index))
 
         return jax.tree_util.tree_map_with_path(place, abstract_params)
+
+
+def _kvstore(path: pathlib.Path, step: int) -> dict:
+    """The store of a checkpoint's arrays, as TensorStore opens it. A URL would need its path escaped."""
+    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{(path / str(step) / 'state').resolve()}/"}}
+
+
+def check_readable(path: pathlib.Path, step: int) -> None:
+    """Opens a checkpoint with the reader that `SavedParams` uses.
+
+    Raises:
+        ValueError: it cannot be opened, or holds nothing.
+    """
+    if not ts.KvStore.open(_kvstore(path, step)).result().list().result():
+        raise ValueError(f"checkpoint {step} was written and cannot be read")
 
 
 def open_latest(path: pathlib.Path, check: Callable[[dict], None], note: Callable[[str], None]) -> SavedParams | None:

@@ -75,9 +75,40 @@ class Tokenizer:
         lost = collections.Counter(text) - collections.Counter(back)
         return sum(len(character.encode()) * count for character, count in lost.items())
 
+    @functools.cached_property
+    def begins_texts(self) -> bool:
+        """Whether the tokenizer.json itself puts the begin token before a text, and no token behind it."""
+        return self.inner.encode("a b").ids == [self.bos, *self._encode_batch(["a b"])[0]]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         return self.inner.decode(list(ids), skip_special_tokens=True)
+
+
+BESIDE = (
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+"""Files beside a tokenizer.json that belong to it; a run keeps them, and its export has them."""
+
+
+def with_begin_token(path: pathlib.Path, known: Tokenizer) -> str:
+    """The tokenizer.json in a file such that the begin token stands before a text and nothing behind it.
+
+    That is what the model was trained on; it is left as it is where it does so.
+    """
+    if known.begins_texts:
+        return path.read_text(encoding="utf-8")
+    inner = tokenizers.Tokenizer.from_file(str(path))
+    begin = known.inner.id_to_token(known.bos)
+    template = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A $B:1", special_tokens=[(begin, known.bos)]
+    )
+    inner.post_processor = template
+    return inner.to_str(pretty=True)
 
 
 def split(text: str, size: int) -> list[str]:
@@ -129,7 +160,11 @@ def read(path: pathlib.Path) -> Tokenizer:
     names = _special_names(path.with_name("tokenizer_config.json"))
     pad, bos, eos = map(inner.token_to_id, names)
     if pad is None or bos is None or eos is None:
-        raise ExperimentError(f"data.tokenizer.path={path} lacks {', '.join(names)}; add them to its vocabulary")
+        lacking = ", ".join(name for name in dict.fromkeys(names) if inner.token_to_id(name) is None)
+        raise ExperimentError(
+            f"data.tokenizer.path={path} lacks {lacking}; name its own as bos_token, eos_token and pad_token in "
+            "a tokenizer_config.json beside it"
+        )
     digest = hashlib.sha256(content + repr((pad, bos, eos)).encode())
     return Tokenizer(inner, pad, bos, eos, digest.hexdigest()[:16])
 

@@ -20,6 +20,8 @@ from euroflax.sharding import name_of
 T = TypeVar("T")
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Ends of names of what older folders hold besides parameters: PyTorch's buffers, which follow from config.json."""
 _FLOATS = ("F32", "BF16", "F16")
 _SHOWN = 8
 
@@ -64,7 +66,7 @@ class Folder:
 
     def _tensor_faults(self, config: Model) -> list[str]:
         expected = {tensor.theirs: tensor for tensor in tensors(config)}
-        found = dict(self.files)
+        found = {name: file for name, file in self.files.items() if not name.endswith(_BUFFERS)}
         if config.tied_output and "lm_head.weight" in found and "model.embed_tokens.weight" in found:
             head = found.pop("lm_head.weight")  # some tied models carry the embedding twice
             if not np.array_equal(_tensor(head, "lm_head.weight"), self._raw("model.embed_tokens.weight")):
@@ -130,7 +132,13 @@ class Folder:
         return jax.tree_util.tree_map_with_path(place, abstract_params)
 
     def _ours(self, tensor: Tensor) -> np.ndarray:
-        return tensor.to_ours(self._raw(tensor.theirs)).astype(np.float32)
+        value = tensor.to_ours(self._raw(tensor.theirs)).astype(np.float32)
+        if not np.isfinite(value).all():
+            count = int(np.size(value) - np.isfinite(value).sum())
+            raise ExperimentError(
+                f"continue_from={self.path}: {tensor.theirs} holds {count} values that are NaN or infinite; restore it"
+            )
+        return value
 
 
 def check_agreement(declared: Experiment, data_root: pathlib.Path, known: Tokenizer | None = None) -> Folder:
@@ -231,7 +239,7 @@ def _tensor(file: pathlib.Path, name: str) -> np.ndarray:
 def _read_json(file: pathlib.Path) -> dict:
     try:
         value = json.loads(file.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ExperimentError(f"{file} is no JSON object; restore it")

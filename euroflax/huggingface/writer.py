@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from euroflax.data import tokenizer as tokens
 from euroflax.experiment import Experiment, ExperimentError
-from euroflax.folders import replace_json
+from euroflax.folders import open_lock, replace_file, replace_json
 from euroflax.huggingface.names import Tensor, tensors, to_config
 
 DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -33,10 +33,11 @@ def export(
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
     advance: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load; one that is there is replaced when whole.
+) -> pathlib.Path | None:
+    """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
 
-    Memory holds one shard and one tensor.
+    One that is there is renamed when the new one is whole, and never deleted: returns its new name. Memory holds one
+    shard and one tensor.
 
     Args:
         declared: the experiment.
@@ -54,23 +55,25 @@ def export(
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ExperimentError(f"{folder} is not a folder of its own; move it away")
-    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+    with open_lock(folder.with_name(f"{folder.name}.lock")) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ExperimentError(f"{folder} is being written by another process; wait for it") from error
-        for stale in (*folder.parent.glob(f"{folder.name}.partial"), *folder.parent.glob(f"{folder.name}.old-*")):
-            shutil.rmtree(stale)
-        partial = folder.with_name(f"{folder.name}.partial")
+        partial = folder.with_name(f"{folder.name}.partial-{os.urandom(4).hex()}")
         partial.mkdir()
-        _write_weights(declared, read, partial, dtype, shard_bytes, advance)
-        _write_rest(declared, partial, tokenizer, dtype)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        old = folder.with_name(f"{folder.name}.old-{os.urandom(4).hex()}")
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            _write_weights(declared, read, partial, dtype, shard_bytes, advance)
+            _write_rest(declared, partial, tokenizer, dtype)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            old = folder.with_name(f"{folder.name}.old-{os.urandom(4).hex()}") if folder.exists() else None
+            if old is not None:
+                folder.rename(old)
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return old
 
 
 def _write_weights(
@@ -120,21 +123,34 @@ def _shards(listed: list[Tensor], width: int, shard_bytes: int) -> Iterator[list
 
 
 def _write_rest(declared: Experiment, folder: pathlib.Path, tokenizer: pathlib.Path, dtype: str) -> None:
-    """The configuration of model, generation and tokenizer."""
+    """The configuration of model, generation and tokenizer, and what the tokenizer came with."""
     known = tokens.read(tokenizer)
-    ids = {"bos_token_id": known.bos, "eos_token_id": known.eos, "pad_token_id": known.pad}
+    ids: dict[str, int] = {"bos_token_id": known.bos, "eos_token_id": known.eos, "pad_token_id": known.pad}
     replace_json(folder / "config.json", to_config(declared, ids, dtype))
-    replace_json(folder / "generation_config.json", {"do_sample": False, **ids})
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    beside = tokenizer.with_name("tokenizer_config.json")
-    declared_config = json.loads(beside.read_bytes()) if beside.is_file() else {}
-    roles = {role: known.inner.id_to_token(ids[f"{role}_id"]) for role in ("bos_token", "eos_token", "pad_token")}
+    generation = _read_json(tokenizer.with_name("generation_config.json"))
+    ends = generation.get("eos_token_id")
+    several = {"eos_token_id": ends} if isinstance(ends, list) and known.eos in ends else {}
+    replace_json(folder / "generation_config.json", {"do_sample": False} | generation | ids | several)
+    replace_file(folder / "tokenizer.json", tokens.with_begin_token(tokenizer, known))
+    declared_config = _read_json(tokenizer.with_name("tokenizer_config.json"))
+    named = (("bos_token", known.bos), ("eos_token", known.eos), ("pad_token", known.pad))
     defaults = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": declared.context_length,
-        **roles,
+        **{role: known.inner.id_to_token(number) for role, number in named},
     }
-    replace_json(folder / "tokenizer_config.json", defaults | declared_config)
+    # Other classes make a tokenizer of their own out of the vocabulary, which may leave the begin token out.
+    as_trained = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "add_eos_token": False}
+    replace_json(folder / "tokenizer_config.json", defaults | declared_config | as_trained)
+    for name in tokens.BESIDE:
+        if name not in WRITTEN and tokenizer.with_name(name).is_file():
+            replace_file(folder / name, tokenizer.with_name(name).read_bytes())
+
+
+WRITTEN = ("tokenizer_config.json", "generation_config.json")
+
+
+def _read_json(file: pathlib.Path) -> dict:
+    return json.loads(file.read_bytes()) if file.is_file() else {}

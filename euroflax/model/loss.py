@@ -1,6 +1,7 @@
 """The loss of each token, from chunks of logits; and sums of it by language."""
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ def token_losses(
     chunks = num_chunks(config, chunk_entries, parts)
     kernel_DVXU = output_kernel(config, params).reshape(config.embed_dim, parts, chunks, -1)
     kernel_XDVU = constrain(jnp.moveaxis(kernel_DVXU, 2, 0), "XDVU", PARAMETERS)
-    nats_BL, normaliser_BL = _losses(_unroll(config, chunks), hidden_BLD, kernel_XDVU, laid["targets_BL"])
+    found = _losses(_unroll(config, chunks), hidden_BLD, kernel_XDVU, laid["targets_BL"])
+    nats_BL, normaliser_BL = cast(tuple[jax.Array, jax.Array], found)
     return in_order(constrain(nats_BL, "BL")), in_order(constrain(normaliser_BL, "BL"))
 
 

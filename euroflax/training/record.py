@@ -18,6 +18,7 @@ from euroflax.data.fertility import tokenizer_figures
 from euroflax.data.order import Order
 from euroflax.data.prepare import Prepared
 from euroflax.data.store import Store
+from euroflax.data.tokenizer import BESIDE
 from euroflax.data.withdrawals import write_history
 from euroflax.experiment import Experiment, ExperimentError, Source, from_json, to_json
 from euroflax.experiment.codec import shown
@@ -156,8 +157,8 @@ class Record:
                 )
 
     def _keep_tokenizer(self, path: pathlib.Path) -> None:
-        """Copies the tokenizer into the run folder, with what says which tokens begin and end a text."""
-        for file in (path, path.with_name("tokenizer_config.json")):
+        """Copies the tokenizer into the run folder, with the files that belong to it."""
+        for file in (path, *map(path.with_name, BESIDE)):
             target = self.path / "tokenizer" / ("tokenizer.json" if file == path else file.name)
             if file.is_file() and not (target.is_file() and target.read_bytes() == file.read_bytes()):
                 target.parent.mkdir(exist_ok=True)

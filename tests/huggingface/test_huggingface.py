@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import shutil
 import tracemalloc
 
@@ -7,14 +8,17 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from euroflax import huggingface, model, sharding, verbs
 from euroflax.data import tokenizer as tokens
 from euroflax.experiment import ExperimentError, override
 from euroflax.folders import Folders
+from euroflax.huggingface import Folder, writer
 from euroflax.huggingface.card import model_card
 from euroflax.huggingface.names import tensors
+from euroflax.training.record import read_metrics
 from euroflax.training.step import abstract_state
 from tests.conftest import assert_trees_close, run, write_experiment
 
@@ -165,10 +169,14 @@ def test_a_run_whose_checkpoints_are_moved_away_since_none_is_whole_begins_from_
     first = verbs.train(declared, here)
     for file in first.path.glob("checkpoints/*/state/manifest.ocdbt"):
         file.write_bytes(file.read_bytes() + b"x")
-    with pytest.raises(ExperimentError, match=r"none of its checkpoints .* is whole; restore one, or move .* away"):
+    with pytest.raises(ExperimentError, match=r"none of its checkpoints .* is whole; restore one, begin from scratch"):
         verbs.train(declared, here)
     (first.path / "checkpoints").rename(first.path / "away")
-    again = verbs.train(declared, here)
+    with pytest.raises(ExperimentError, match=r"its checkpoints are gone; restore one, begin from scratch"):
+        verbs.train(declared, here)
+    again = verbs.train(declared, here, from_scratch=True)
+    (aside,) = here.runs_dir.glob(f"{declared.name}.aside-*")
+    assert read_metrics(aside) == first.metrics
     losses = [[line["loss"] for line in run.metrics if "loss" in line] for run in (first, again)]
     assert losses[0] == losses[1]
 
@@ -383,7 +391,7 @@ def test_the_command_exports_in_the_asked_type(exported, tmp_path):
     shutil.copytree(folders.runs_dir, tmp_path / "runs")
     done = run(path, "export", "--dtype", "bfloat16", "--runs-dir", tmp_path / "runs", "--cache-dir", folders.cache_dir)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"exported    {tmp_path / 'runs' / 'tiny_eu24' / 'hf'}\n"
+    assert done.stdout.endswith(f"exported    {tmp_path / 'runs' / 'tiny_eu24' / 'hf'}\n")
     held = load_file(tmp_path / "runs" / "tiny_eu24" / "hf" / "model.safetensors")
     assert {str(value.dtype) for value in held.values()} == {"bfloat16"}
 
@@ -396,3 +404,62 @@ def test_a_checkpoint_of_any_mesh_is_exported_alike(exported, cache, tmp_path):
     found = load_file(verbs.export(declared, folders) / "model.safetensors")
     gate_NDF = np.asarray(done.params["layers"]["mlp"]["gate_DF"])
     np.testing.assert_array_equal(found["model.layers.1.mlp.gate_proj.weight"], gate_NDF[1].T)
+
+
+def test_an_export_deletes_nothing_that_it_did_not_write(exported, tmp_path):
+    declared, folders, _, _ = exported
+    shutil.copytree(folders.runs_dir, tmp_path / "runs")
+    run_dir = tmp_path / "runs" / declared.name
+    for name in ("hf", "hf.old-mine", "hf.partial", "hf.partial-mine"):
+        (run_dir / name).mkdir(exist_ok=True)
+        (run_dir / name / "precious.txt").write_text("mine")
+    verbs.export(declared, dataclasses.replace(folders, runs_dir=tmp_path / "runs"))
+    assert len(list(run_dir.glob("hf*/precious.txt"))) == 4 and not (run_dir / "hf" / "precious.txt").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_by_tensor(copied, value):
+    folder, declared = copied
+    held = load_file(folder / "model.safetensors")
+    name = next(name for name in held if name.endswith("down_proj.weight"))
+    held[name] = held[name].copy()
+    held[name][0, 0] = value
+    save_file(held, folder / "model.safetensors")
+    opened = Folder.open(folder)
+    abstract = jax.eval_shape(lambda: model.init(declared.model, jax.random.key(0)))
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), abstract)
+    with pytest.raises(ExperimentError, match=rf"{name} holds 1 values that are NaN or infinite"):
+        opened.place(declared.model, placed)
+
+
+def test_buffers_in_a_folder_are_not_superfluous(copied):
+    folder, declared = copied
+    held = load_file(folder / "model.safetensors")
+    held["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    save_file(held, folder / "model.safetensors")
+    assert Folder.open(folder).faults(declared.model) == []
+
+
+def test_an_export_puts_the_begin_token_where_training_did_and_keeps_what_came_with_the_tokenizer(exported, tmp_path):
+    declared, folders, done, _ = exported
+    shutil.copytree(folders.runs_dir, tmp_path / "runs")
+    beside = tmp_path / "runs" / declared.name / "tokenizer"
+    inner = tokenizers.Tokenizer.from_file(str(beside / "tokenizer.json"))
+    inner.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    known = tokens.read(beside / "tokenizer.json")
+    inner.save(str(beside / "tokenizer.json"))
+    assert not tokens.read(beside / "tokenizer.json").begins_texts
+    (beside / "chat_template.jinja").write_text("{{ messages }}")
+    (beside / "generation_config.json").write_text(json.dumps({"eos_token_id": [known.eos, 7]}))
+    extra = {"eos_token": tokens.EOS, "additional_special_tokens": ["<x>"], "tokenizer_class": "LlamaTokenizer"}
+    (beside / "tokenizer_config.json").write_text(json.dumps(extra))
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    writer._write_rest(declared, folder, beside / "tokenizer.json", "float32")
+    written = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert written.encode("one").ids == [known.bos, *known.encode(["one"])[0]]
+    assert (folder / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [known.eos, 7]
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config["additional_special_tokens"] == ["<x>"] and config["tokenizer_class"] == "PreTrainedTokenizerFast"
