@@ -31,7 +31,8 @@ class Call:
 def _train(call: Call) -> None:
     options = call.options
     given = (call.declared, call.folders, call.display, call.stop, options.track or ())
-    run = verbs.train(*given, from_scratch=bool(options.from_scratch))
+    flags = {name: bool(getattr(options, name)) for name in ("from_scratch", "try_memory")}
+    run = verbs.train(*given, **flags)
     call.display.close()
     call.display.evaluations(run.metrics)
     if call.options.process_id == 0:

@@ -84,7 +84,7 @@ class ConsoleDisplay:
     def evaluation(self, step: int, figures: dict[str, float]) -> None:
         """Prints the mean of an evaluation, and the best and worst language."""
         by_language = {key.removeprefix("bits_per_byte."): value for key, value in figures.items()}
-        mean = by_language.pop("mean")
+        mean = by_language.pop("mean", math.nan)
         lacking = [code for code, value in by_language.items() if not math.isfinite(value)]
         by_language = {code: value for code, value in by_language.items() if code not in lacking} or by_language
         without = f"; not measured in {', '.join(lacking)}" if lacking else ""

@@ -1,9 +1,11 @@
 """Devices and processes, set up once before anything computes: platform, compiler flags, compiled-program cache."""
 
+import contextlib
 import glob
 import importlib.metadata
 import os
 import pathlib
+import re
 import sys
 
 from euroflax.accelerators import GPU_SHARE, MAX_UNROLLED_CHUNKS
@@ -11,6 +13,8 @@ from euroflax.experiment import Experiment, ExperimentError
 from euroflax.processes import TPU_FILES, Processes, check, join
 
 _ONEDNN = "--xla_cpu_experimental_onednn_custom_call"
+_COUNT = re.compile(r"[1-9][0-9]{0,5}")
+_MOST_DEVICES = 4096
 
 
 def set_up(declared: Experiment, devices: str | None, cache_dir: pathlib.Path, processes: Processes) -> Processes:
@@ -34,8 +38,8 @@ def set_up(declared: Experiment, devices: str | None, cache_dir: pathlib.Path, p
 
     if devices is not None:
         platform, _, count = devices.partition(":")
-        if platform != "cpu" or not (count or "1").isdigit() or int(count or 1) < 1:
-            raise ExperimentError(f"--devices={devices} cannot be simulated; use cpu or cpu:N, for example cpu:8")
+        if platform != "cpu" or not _COUNT.fullmatch(count or "1") or int(count or 1) > _MOST_DEVICES:
+            raise ExperimentError(f"--devices={devices} cannot be simulated; use cpu or cpu:N, N to {_MOST_DEVICES}")
         try:
             jax.config.update("jax_num_cpu_devices", int(count or 1))
             jax.config.update("jax_platforms", "cpu")
@@ -53,6 +57,20 @@ def set_up(declared: Experiment, devices: str | None, cache_dir: pathlib.Path, p
         jax.config.update("jax_compilation_cache_dir", str(cache_dir / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return joined
+
+
+def memory_bytes() -> int | None:
+    """Memory of one device of this process, of a CPU device its part of what the process may use; None if not known."""
+    import jax
+
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            most = min(most, int(pathlib.Path(file).read_text()))
+    return most // jax.local_device_count()
 
 
 def _has_accelerator() -> bool:

@@ -19,7 +19,7 @@ from euroflax.data.loader import empty_batch
 from euroflax.data.prepare import Prepared
 from euroflax.data.store import Store
 from euroflax.experiment import Experiment, Model, Source
-from euroflax.languages import fold
+from euroflax.languages import LANGUAGES, fold
 from euroflax.sharding import folded, local_rows, place_batch, shardings
 
 
@@ -32,7 +32,8 @@ def bits_per_byte(
 ) -> dict[str, float]:
     """`{"bits_per_byte.<code>": ..., "bits_per_byte.mean": ...}`; empty where nothing is held out.
 
-    A language whose held-out part holds no document is NaN, and not in the mean.
+    A language whose held-out part holds no document is NaN, and not in the mean; code and text in several languages
+    come after the mean and are not in it.
 
     Args:
         declared: the experiment.
@@ -66,8 +67,9 @@ def bits_per_byte(
         for i, code in enumerate(codes)
         if code in wanted
     }
-    figures = {f"bits_per_byte.{code}": value for code, value in found.items()}
-    return figures | {"bits_per_byte.mean": float(np.nanmean(list(found.values())))}
+    of_one = {code: value for code, value in found.items() if LANGUAGES[code].is_one}
+    mean = {"mean": float(np.nanmean(list(of_one.values())))} if of_one else {}
+    return {f"bits_per_byte.{name}": value for name, value in (of_one | mean | found).items()}
 
 
 @functools.lru_cache(maxsize=4)

@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from typing import IO
+from typing import IO, Any
 
 from euroflax.experiment import ExperimentError, Interrupted, RunFailed
 
@@ -90,7 +90,7 @@ def _create(path: pathlib.Path) -> int:
 
 def replace_file(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a file whole or not at all: into a neighbour, to the disk, then by rename."""
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     neighbour = path.with_name(f".{path.name[:200]}.{os.urandom(8).hex()}")  # of two hosts one may have the other's pid
     try:
         with open(_create(neighbour), "wb") as file:
@@ -101,6 +101,18 @@ def replace_file(path: pathlib.Path, content: str | bytes) -> None:
     except OSError:
         neighbour.unlink(missing_ok=True)
         raise
+
+
+def parse_json(content: bytes) -> Any:
+    """The value in a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than Python reads.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def replace_json(path: pathlib.Path, value: object) -> None:

@@ -21,6 +21,11 @@ class Language:
     aliases: tuple[str, ...] = ()
     """Other codes under which corpora carry it; they fold into `code`."""
 
+    @property
+    def is_one(self) -> bool:
+        """Whether it is one language: neither parallel text (`mul`) nor code."""
+        return self.code not in ("mul", "code")
+
 
 _TABLE = """
 bg bul Cyrl      yes -   Bulgarian
@@ -61,6 +66,9 @@ sr srp Cyrl,Latn no  -   Serbian
 tr tur Latn      no  -   Turkish
 uk ukr Cyrl      no  -   Ukrainian
 ltg ltg Latn     no  -   Latgalian
+no nor Latn      no  -   Norwegian, form not known
+mul mul Zyyy     no  -   Several languages
+code zxx Zyyy    no  -   Programming code
 """
 
 

@@ -81,7 +81,7 @@ def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: 
         "speed": chart(speeds, "tokens a second", from_zero=True),
         "median_speed": statistics.median(speed for _, speed in speeds) if speeds else None,
         "languages": _languages(declared, steps, evaluations),
-        "mixture": _mixture(manifest),
+        "mixture": _mixture(declared, manifest),
         "unit": _reached(manifest)["unit"],
         "withdrawn": _withdrawn(manifest),
         "providers": _by(manifest, "provider"),
@@ -143,37 +143,55 @@ def _languages(declared: Experiment, steps: list[dict], evaluations: list[dict])
     return sorted(found, key=lambda entry: _name(entry["code"]))
 
 
-def _mixture(manifest: dict) -> list[dict]:
-    """Each source with its share as asked by the last stage that began, and what the ledger says was read of it."""
-    entries, resolved = manifest["ledger"]["entries"], _reached(manifest)
-    unit = resolved["unit"]
+def _mixture(declared: Experiment, manifest: dict) -> list[dict]:
+    """Each source with its share as asked over the rows read so far, and what the ledger says was read of it."""
+    entries, unit = manifest["ledger"]["entries"], _reached(manifest)["unit"]
     total = sum(entry[unit] for entry in entries)
+    asked = _asked(declared, manifest)
     found = []
     for source in manifest["sources"]:
         if source["split"] != "train":
             continue
         mine = [entry for entry in entries if entry["source"] == source["name"]]
-        read = {name: sum(entry[name] for entry in mine) for name in ("documents", "bytes", "tokens")}
-        share = read[unit] / total if total else None
-        asked = resolved["shares"][source["name"]]
-        found.append({"source": source, "asked": asked, "read": share, "epochs": mine[0]["epochs"], **read})
+        read = {name: sum(entry[name] or 0 for entry in mine) for name in ("documents", "bytes", "tokens")}
+        share, epochs = read[unit] / total if total else None, sum(entry["epochs"] or 0 for entry in mine)
+        found.append({"source": source, "asked": asked.get(source["name"], 0), "read": share, "epochs": epochs, **read})
     return found
+
+
+def _asked(declared: Experiment, manifest: dict) -> dict[str, float]:
+    """The share of each source as the stages ask for it, each stage counted by the tokens that were read in it."""
+    resolved, position = manifest["mixture"]["resolved"], manifest["ledger"]["position"]
+    lengths = {span.number: span.sequence_length for span in declared.spans}
+    edges = [*(stretch["first_row"] for stretch in resolved[1:]), position]
+    tokens = [
+        max(min(edge, position) - stretch["first_row"], 0) * lengths.get(stretch["stage"], 1)
+        for stretch, edge in zip(resolved, edges, strict=True)
+    ]
+    if not any(tokens):
+        return resolved[0]["shares"]
+    shares: dict[str, float] = {}
+    for stretch, count in zip(resolved, tokens, strict=True):
+        for name, share in stretch["shares"].items():
+            shares[name] = shares.get(name, 0.0) + share * count / sum(tokens)
+    return shares
 
 
 def _reached(manifest: dict) -> dict:
     """The part of the resolved mixture in which the run is."""
     position = manifest["ledger"]["position"]
-    return [stretch for stretch in manifest["mixture"]["resolved"] if stretch["first_row"] <= position][-1]
+    resolved = manifest["mixture"]["resolved"]
+    return ([stretch for stretch in resolved if stretch["first_row"] <= position] or resolved)[-1]
 
 
 def _withdrawn(manifest: dict) -> list[str]:
     """What was left out, from where on."""
     found = []
-    for entry in manifest["withdrawn"]:
+    for entry in manifest.get("withdrawn", []):
         listed = {name: count for name, count in entry["listed"].items() if count}
         if listed:
             count, names = sum(listed.values()), ", ".join(listed)
-            found.append(f"{count:,} listed documents of {names} from row {entry['position']:,} on")
+            found.append(f"the documents of {count:,} listed ids of {names} from row {entry['position']:,} on")
     return found
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import errno
 import json
 import math
 import os
@@ -39,6 +38,7 @@ _MAKE_FILES = ("train", "prepare", "export", "report")
 """What these print is beside the matter."""
 _ON_DEVICES = ("train", "evaluate", "generate")
 _HANG_MINUTES = 30.0
+_LESS_MEMORY = "use more devices, a larger mesh.fsdp, more training.accumulation_steps or model.remat=full"
 _LEAST_SLURM_SECONDS = 20.0
 """A limit of Slurm's that is nearer than this when the command begins is that of a wrong clock."""
 _ONLY_FOR = {
@@ -61,6 +61,7 @@ _ONLY_FOR = {
     "track": ("train",),
     "hang_minutes": ("train", "evaluate", "generate"),
     "from_scratch": ("train",),
+    "try_memory": ("train",),
 }
 """Flags that mean nothing to other verbs."""
 
@@ -71,11 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = _parser().parse_intermixed_args(arguments)
         overrides = dict(_assignment(text) for text in options.set)
-        declared = load(options.experiment, overrides)
         _check_flags(options)
         stop = Stop()
         _set_limit(options, stop)
         _listen(stop)
+        with stop.at_once():  # an experiment file is a program, which may hang
+            declared = load(options.experiment, overrides)
         status = _dispatch(declared, options, stop)
         if options.json or options.verb not in _MAKE_FILES:
             sys.stdout.flush()  # here what cannot be written is still told
@@ -86,9 +88,13 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         _debug(options)
         return _told(of_system(error), options)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(
+            error
+        ):  # JAX's, which is not loaded here
+            raise
         _debug(options)
-        return _told(of_system(OSError(errno.ENOMEM, "")), options)
+        return _told(RunFailed(f"out of memory ({str(error).partition(chr(10))[0][:200]}); {_LESS_MEMORY}"), options)
     except (ExperimentError, RunFailed, Interrupted) as error:
         _debug(options)
         return _told(error, options)
@@ -166,6 +172,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--from-scratch", action="store_true", default=None, help="begin at step 0; the run folder is renamed and kept"
+    )
+    parser.add_argument(
+        "--try-memory", action="store_true", default=None, help="begin though the state is larger than the memory"
     )
     parser.add_argument("--json", action="store_true", default=None, help="one JSON document on standard output")
     _add_flags_of_verbs(parser)

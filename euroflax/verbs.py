@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from euroflax import evaluation, generation, huggingface, planning, processes, sharding, tables
+from euroflax import devices, evaluation, generation, huggingface, planning, processes, sharding, tables
 from euroflax.checking import check
 from euroflax.checkpoint import SavedParams, latest_step, open_latest
 from euroflax.console import SilentDisplay, evaluations_as_html
@@ -145,6 +145,7 @@ def train(
     track: Sequence[str] = (),
     *,
     from_scratch: bool = False,
+    try_memory: bool = False,
 ) -> Run:
     """Prepares what is missing, trains or goes on training, and evaluates.
 
@@ -155,6 +156,7 @@ def train(
         stop: a wish to stop.
         track: what shows its metrics besides: `tensorboard`, `wandb`.
         from_scratch: whether a run folder that is there is renamed, so that the run begins at step 0.
+        try_memory: whether to begin though the state is larger than the memory.
 
     Raises:
         ExperimentError: something in the experiment does not fit the data, the devices or the run folder.
@@ -182,12 +184,30 @@ def train(
     about = (tables.about_lost_text(prepared), tables.about_bad_lines(folders, prepared))
     for line in (*itertools.chain(*about), *tables.about_withdrawn(prepared)):
         display.note(line)
-    for line in planning.plan_lines(planning.make_plan(declared, jax.device_count(), Rows(declared, prepared).order)):
+    planned = planning.make_plan(declared, jax.device_count(), Rows(declared, prepared).order)
+    for line in planning.plan_lines(planned):
         display.note(line)
+    if not try_memory:
+        _check_memory(planned, devices.memory_bytes())
     opens = functools.partial(huggingface.check_agreement, declared, folders.data_root, prepared.tokenizer)
     weights = None if declared.continue_from is None else opens
     params = loop.train(declared, prepared, weights, run_dir, display, stop, clock, track)
     return Run(run_dir, params, read_metrics(run_dir))
+
+
+def _check_memory(planned: planning.Plan, there: int | None) -> None:
+    """Refuses a state that cannot fit: what a step needs besides is not counted.
+
+    Raises:
+        ExperimentError: it cannot.
+    """
+    needed = sum(planned.memory_bytes[part] or 0 for part in ("parameters", "optimizer", "gradients"))
+    if there is not None and needed > there:
+        raise ExperimentError(
+            f"model of {planned.parameters:,} parameters: parameters, optimizer and gradients take "
+            f"{planning.size(needed)} on each of {planned.devices} devices, which have {planning.size(there)}; use "
+            "more devices, a larger mesh.fsdp or a smaller model, or --try-memory to begin all the same"
+        )
 
 
 def show(declared: Experiment, folders: Folders, index: int) -> PlacedRow:

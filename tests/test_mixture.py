@@ -224,23 +224,28 @@ def test_the_context_of_a_model_is_its_longest_row(trained_in_stages):
     manifest["withdrawn"] = [{"position": 9, "listed": {"sample-mt": 3, "sample-el": 0}, "fingerprint": ""}]
     card = model_card(declared, manifest, [], {"step": 3, "position": 20, "ledger": manifest["ledger"]})
     assert "on 1,408 tokens" in card and "3 steps, the last of 384 tokens" in card and "context of 96 tokens" in card
-    assert "Left out, being withdrawn: 3 listed documents of sample-mt from row 9 on." in card
+    assert "Left out, being withdrawn: the documents of 3 listed ids of sample-mt from row 9 on." in card
     (written,) = verbs.generate(declared, folders, ["a b " * 38], Sampling(max_new_tokens=2))
     assert 64 < written.prompt_tokens < 94 and len(written.tokens) == 2
 
 
-def test_the_report_shows_the_shares_of_the_stage_that_was_reached_and_the_ledger(trained_in_stages):
+def test_the_report_shows_the_shares_asked_of_all_stages_until_now_beside_the_ledger(trained_in_stages):
     declared, folders = trained_in_stages
     manifest = read_manifest(folders.run_dir(declared.name))
-    mixture = report._mixture(manifest)
-    assert [row["asked"] for row in mixture] == pytest.approx([1 / 3] * 3)
+    mixture = report._mixture(declared, manifest)
+    first, last = (stretch["shares"] for stretch in manifest["mixture"]["resolved"][:: len(declared.spans) - 1])
+    for row in mixture:
+        one, other = sorted((first[row["source"]["name"]], last[row["source"]["name"]]))
+        assert one == other or one < row["asked"] < other
+        assert row["asked"] == pytest.approx(row["read"], abs=0.1)
+    assert sum(row["asked"] for row in mixture) == pytest.approx(1)
     assert sum(row["tokens"] for row in mixture) == sum(e["tokens"] for e in manifest["ledger"]["entries"])
     (provider,) = report._by(manifest, "provider")
     assert provider["name"] == "Euroflax" and provider["tokens"] == sum(row["tokens"] for row in mixture)
     early = manifest | {"ledger": manifest["ledger"] | {"position": 3}}
-    assert [row["asked"] for row in report._mixture(early)] != pytest.approx([1 / 3] * 3)
+    assert {row["source"]["name"]: row["asked"] for row in report._mixture(declared, early)} == pytest.approx(first)
     page = report.write(folders.run_dir(declared.name)).read_text()
-    assert "asked in the stage that the run has reached" in page and "Read by language and provider" in page
+    assert "as asked, over the stages until now," in page and "Read by language and provider" in page
 
 
 def test_show_prints_a_row_and_the_ledger(trained_in_stages, capsys):

@@ -1,11 +1,19 @@
+import errno
+import io
 import json
+import os
 import re
 import signal
 import time
 
 import pytest
+from rich.console import Console
 
 from euroflax import run as command
+from euroflax import tables
+from euroflax.console import ConsoleDisplay
+from euroflax.data.ledger import Entry
+from euroflax.run import main
 from tests.conftest import ROOT, TINY, run, small, start, write_experiment
 
 
@@ -167,3 +175,77 @@ def test_interrupting_saves_and_the_same_command_goes_on_to_the_end(tmp_path):
     assert other.returncode == 2 and other.stderr.startswith("error: training.seed=3 differs from 0, with which run")
     again = run(path, *given)
     assert again.returncode == 0 and "run x is complete: 80 steps" in again.stdout
+
+
+def test_a_model_larger_than_the_memory_is_refused_with_the_figures(tmp_path, cache):
+    declared = small(model__embed_dim=2**18, model__mlp_dim=2**18)
+    path = write_experiment(tmp_path / "large.py", declared)
+    done = run(path, "--devices", "cpu:8", "--cache-dir", cache, "--runs-dir", tmp_path / "runs")
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: model of [\d,]+ parameters: parameters, optimizer and gradients take .*iB on each of 8 devices, "
+        r"which have .*iB; use more .*, or --try-memory to begin all the same\n",
+        done.stderr,
+    )
+
+
+def test_out_of_memory_is_status_1(monkeypatch, capsys, tmp_path):
+    import jax
+
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr("euroflax.run._dispatch", fail)
+    assert main([str(TINY)]) == 1
+    assert capsys.readouterr().err.startswith("error: out of memory (RESOURCE_EXHAUSTED: Out of memory")
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "fix"),
+    [
+        (errno.EMFILE, 75, "raise the limit of open files (ulimit -n)"),
+        (errno.ENOSPC, 75, "make room"),
+        (errno.EROFS, 75, "have it mounted for writing"),
+        (errno.EACCES, 1, "give yourself the right to it"),
+        (errno.ENAMETOOLONG, 2, "use a shorter name"),
+        (errno.ENOMEM, 1, "give the command more memory"),
+        (errno.ENOLCK, 75, "see to the locks"),
+        (errno.ENOSYS, 1, "the file system cannot do that"),
+    ],
+)
+def test_an_error_of_the_system_names_path_and_fix_and_has_its_status(monkeypatch, capsys, number, status, fix):
+    def fail(*_):
+        raise OSError(number, os.strerror(number), "/some/where")
+
+    monkeypatch.setattr("euroflax.run._dispatch", fail)
+    assert main([str(TINY)]) == status
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: /some/where: {os.strerror(number)}; {fix}") and "delete" not in said
+
+
+@pytest.mark.parametrize("text", ["²", "0", "1000000", "٤", "-1", "1e3", "08"])
+def test_devices_that_cannot_be_simulated_are_refused(capsys, text):
+    assert main([str(TINY), "--devices", f"cpu:{text}"]) == 2
+    assert "cannot be simulated; use cpu or cpu:N" in capsys.readouterr().err
+
+
+def test_text_from_outside_is_shown_and_not_obeyed(capsys, tmp_path):
+    assert main([str(TINY), "--set", "name=\x1b[31m[red]a\nb"]) == 2
+    said = capsys.readouterr().err
+    assert "\\x1b[31m[red]a" in said and "\x1b" not in said and said.count("\n") == 1
+    stream = io.StringIO()
+    display = ConsoleDisplay(Console(file=stream, markup=False))
+    entry = Entry("s", "en", "[/b][red]\x1b[2J", 1, 1, 1, 1, 1.0, 0)
+    for each in tables.ledger([entry], "title"):
+        display.table(each)
+    display.note("[/b]\x1b]0;x\x07")
+    assert "[/b][red]\\x1b[2J" in stream.getvalue() and "\x1b" not in stream.getvalue()
+
+
+def test_an_interrupted_experiment_file_ends_at_once(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text("import time\nprint('begins', flush=True)\ntime.sleep(60)\n")
+    process = start(path)
+    assert process.stderr.readline() == "begins\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 75

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from euroflax.folders import parse_json
 from euroflax.processes import from_first
 
 TRASH = "trash"
@@ -84,7 +85,7 @@ def _position_of(path: pathlib.Path, step: int) -> int | None:
 
 def read_facts(path: pathlib.Path, step: int) -> dict:
     """What was saved beside the state."""
-    return json.loads((path / str(step) / "facts" / "metadata").read_bytes())
+    return parse_json((path / str(step) / "facts" / "metadata").read_bytes())
 
 
 def verify(path: pathlib.Path, step: int) -> str | None:

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import json
 import logging
 import math
 import os
@@ -38,7 +37,7 @@ from euroflax.checkpoint.folder import (
 )
 from euroflax.checkpoint.params import check_readable
 from euroflax.experiment import ExperimentError
-from euroflax.folders import is_full, replace_json
+from euroflax.folders import is_full, parse_json, replace_json
 from euroflax.processes import gather_json
 from euroflax.sharding import letters_of
 
@@ -126,7 +125,7 @@ class Checkpoints:
         if (self._path.parent / LAST_SAVE).exists():
             return True
         try:  # of earlier versions
-            sessions = json.loads((self._path.parent / "manifest.json").read_bytes())["sessions"]
+            sessions = parse_json((self._path.parent / "manifest.json").read_bytes())["sessions"]
             return any(session["saves"]["longest_seconds"] > 0 for session in sessions)
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -243,6 +242,11 @@ class Checkpoints:
         check(read_facts(self._path, self.latest))
         wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         return self._manager.restore(self.latest, args=wanted)["state"]
+
+    @property
+    def latest_facts(self) -> dict | None:
+        """What was saved beside the state of the latest checkpoint; None where there is none."""
+        return None if self.latest is None else read_facts(self._path, self.latest)
 
     def close(self) -> None:
         """Waits for the last save and lets go of Orbax's threads."""

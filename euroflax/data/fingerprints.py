@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import hashlib
-import json
 import os
 import pathlib
 import threading
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from euroflax.data.files import find_files
 from euroflax.data.store import NotPrepared
 from euroflax.experiment import Experiment, ExperimentError, Source, fingerprint
-from euroflax.folders import Folders, replace_json
+from euroflax.folders import Folders, parse_json, replace_json
 
 _PART_BYTES = 1 << 24
 _LOOK_SECONDS = 0.2
@@ -38,7 +37,7 @@ def digests(experiment: Experiment, folders: Folders, progress: Progress | None)
     for source in {source.path: source for source in sources}.values():
         record_path = _record_path(folders, source)
         try:
-            known = {row["file"]: row for row in json.loads(record_path.read_bytes())}
+            known = {row["file"]: row for row in parse_json(record_path.read_bytes())}
         except (OSError, ValueError):
             known = {}
         try:

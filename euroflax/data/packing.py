@@ -10,7 +10,6 @@ declared.
 import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable
 
@@ -19,7 +18,7 @@ import numpy as np
 from euroflax.data.arrays import ArrayWriter, FileArray
 from euroflax.data.store import Store
 from euroflax.experiment import ExperimentError, fingerprint
-from euroflax.folders import replace_json
+from euroflax.folders import parse_json, replace_json
 
 _FORMAT = 3
 PIECE = np.dtype(
@@ -132,7 +131,7 @@ def open_packing(path: pathlib.Path, store: Store) -> Packing | None:
         ExperimentError: its files are not as long as its manifest says.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
+        manifest = parse_json((path / "manifest.json").read_bytes())
         found = Packing(path, store, manifest)
         arrays = (found.totals, found._first_rows, found._pieces, found._first_pieces)
     except FileNotFoundError:

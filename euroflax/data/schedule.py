@@ -22,25 +22,64 @@ from collections.abc import Iterator
 import numpy as np
 
 _MIN_BLOCK = 2**12
-MAX_BLOCK = 2**21
-"""A share must come at least once in as many rows."""
+_MAX_BLOCK = 2**21
+"""The longest block: memory grows with it."""
 
 
 class Schedule:
-    """The source of every place, for positive integer weights; their sum is the denominator."""
+    """The source of every place, for positive integer weights; their sum is the denominator D.
+
+    Sources that come less than once in `_MAX_BLOCK` places, of weight W together, have the places in the middle of
+    the windows of one source of that weight, and divide them by a schedule of their own. The others share the rest.
+    Where there are such sources, one of weight w is within 1 + w / 2W of its share at any place, and one of the others
+    within 1 + w / 2(D - W); elsewhere all are within one.
+    """
 
     def __init__(self, weights: tuple[int, ...]) -> None:
-        """Prepares the schedule.
+        self._total = sum(weights)
+        is_rare = np.array([weight * _MAX_BLOCK < self._total for weight in weights])
+        self._common, self._rare = np.flatnonzero(~is_rare), np.flatnonzero(is_rare)
+        self._blocks = _Blocks(tuple(weights[i] for i in self._common))
+        self._weight = sum(weights[i] for i in self._rare)
+        self._inner = Schedule(tuple(weights[i] for i in self._rare)) if len(self._rare) else None
 
-        Raises:
-            ValueError: a weight is less than its sum over `MAX_BLOCK`.
-        """
+    def _num_rare(self, position: int) -> int:
+        """How many of the first `position` places are of rare sources: j with (2 j + 1) D < 2 W position."""
+        return (2 * self._weight * position - 1 - self._total) // (2 * self._total) + 1 if self._weight else 0
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Source of place `index`, and how many places before it are of that source."""
+        rare = self._num_rare(index)
+        if self._inner is not None and self._num_rare(index + 1) > rare:
+            source, before = self._inner.place(rare)
+            return int(self._rare[source]), before
+        source, before = self._blocks.place(index - rare)
+        return int(self._common[source]), before
+
+    def drawn(self, position: int) -> np.ndarray:
+        """How many of the first `position` places are of each source, int64."""
+        rare = self._num_rare(position)
+        found = np.zeros(len(self._common) + len(self._rare), np.int64)
+        found[self._common] = self._blocks.drawn(position - rare)
+        if self._inner is not None:
+            found[self._rare] = self._inner.drawn(rare)
+        return found
+
+    def forget(self) -> None:
+        """Releases the blocks that are kept for the next places."""
+        self._blocks.forget()
+        if self._inner is not None:
+            self._inner.forget()
+
+
+class _Blocks:
+    """A schedule of sources of which each comes at least once in `_MAX_BLOCK` places."""
+
+    def __init__(self, weights: tuple[int, ...]) -> None:
         self._weights = np.array(weights, np.int64)
         self.denominator = int(self._weights.sum())
         widest = -(-self.denominator // int(self._weights.min()))
         self.block_length = max(_MIN_BLOCK, 1 << (widest - 1).bit_length())
-        if self.block_length > MAX_BLOCK:
-            raise ValueError(f"a weight of {self._weights.min()} in {self.denominator} is too small")
         self._block = functools.lru_cache(maxsize=2)(self._make_block)
 
     def place(self, index: int) -> tuple[int, int]:
@@ -58,7 +97,7 @@ class Schedule:
         return counts
 
     def forget(self) -> None:
-        """Lets go of the blocks that are kept for the next places."""
+        """Releases the blocks that are kept for the next places."""
         self._block.cache_clear()
 
     def cut(self, position: int) -> np.ndarray:

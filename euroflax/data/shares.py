@@ -4,12 +4,13 @@ import dataclasses
 import math
 
 from euroflax.data.packing import Packing
-from euroflax.data.schedule import MAX_BLOCK, apportion
+from euroflax.data.schedule import apportion
 from euroflax.experiment import ExperimentError, Mixture, Source, Span
 from euroflax.languages import fold
 
 DENOMINATOR = 10**9
 _BYTES_PER_TOKEN = 4.0
+_ROUNDING = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +62,13 @@ def row_weights(
     amounts = [_amount(size, span.mixture) for size in sizes]
     wanted = [share * size.rows / amount for share, size, amount in zip(shares, sizes, amounts, strict=True)]
     total = math.fsum(wanted)
-    path = mixture_path(span)
-    weights = apportion(wanted, DENOMINATOR)
-    for source, weight, value in zip(sources, weights, wanted, strict=True):
-        if weight * MAX_BLOCK < DENOMINATOR:
+    for source, value in zip(sources, wanted, strict=True):
+        if value / total * DENOMINATOR < 1 - _ROUNDING:
             raise ExperimentError(
-                f"{path}: source {source.name} has a share of {value / total:.3g} of the rows, less than one in "
-                f"{MAX_BLOCK}; give it more, join it with another source, or take it out"
+                f"{mixture_path(span)}: source {source.name} has a share of {value / total:.3g} of the rows, less than "
+                f"one in {DENOMINATOR}; give it more, join it with another source, or take it out"
             )
+    weights = apportion(wanted, DENOMINATOR)
     _check_epochs(span, sources, [weight * rows / DENOMINATOR for weight in weights], sizes, read)
     return tuple(weights)
 

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import json
 import pathlib
 import shutil
 from collections.abc import Collection, Iterator
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq
 
 from euroflax.data.arrays import ArrayWriter, FileArray
 from euroflax.experiment import ExperimentError
-from euroflax.folders import replace_json
+from euroflax.folders import parse_json, replace_json
 
 FORMAT = 3
 _FACTS = {"format", "dtype", "providers", "documents", "tokens", "bytes", "windows", "table_bytes"}
@@ -182,7 +181,7 @@ def open_store(path: pathlib.Path) -> Store | None:
     """
     fix = "delete the folder and prepare again"
     try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
+        manifest = parse_json((path / "manifest.json").read_bytes())
     except FileNotFoundError:
         return None
     except ValueError:

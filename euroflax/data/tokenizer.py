@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from euroflax.data import documents
 from euroflax.experiment import Experiment, ExperimentError, Source
+from euroflax.folders import parse_json
 from euroflax.languages import fold
 
 PAD, BOS, EOS = "<|pad|>", "<|begin_of_text|>", "<|end_of_text|>"
@@ -178,7 +179,7 @@ def _special_names(config: pathlib.Path) -> tuple[str, str, str]:
     if not config.is_file():
         return SPECIAL_TOKENS
     try:
-        declared = json.loads(config.read_bytes())
+        declared = parse_json(config.read_bytes())
         named = [declared.get(role) for role in ("pad_token", "bos_token", "eos_token")]
     except (ValueError, AttributeError) as error:
         raise ExperimentError(f"{config} is no JSON object; restore it") from error

@@ -1,11 +1,10 @@
 """Documents that were withdrawn: block lists, and from which position of a run each of them holds."""
 
 import dataclasses
-import json
 import pathlib
 
 from euroflax.experiment import Experiment, ExperimentError, fingerprint
-from euroflax.folders import Folders, replace_json
+from euroflax.folders import Folders, parse_json, replace_json
 
 _FILE = "withdrawn.json"
 
@@ -57,7 +56,7 @@ def read_history(run_dir: pathlib.Path) -> tuple[Withdrawal, ...]:
     """
     path = run_dir / _FILE
     try:
-        entries = json.loads(path.read_bytes())
+        entries = parse_json(path.read_bytes())
         return tuple(
             Withdrawal(entry["position"], {name: tuple(ids) for name, ids in entry["ids"].items()}) for entry in entries
         )

@@ -13,6 +13,8 @@ from typing import Literal
 from euroflax.experiment.errors import ExperimentError
 from euroflax.experiment.schema import Experiment
 
+_TOO_LARGE = 2**63
+
 
 @functools.cache
 def field_types(cls: type) -> dict[str, object]:
@@ -23,6 +25,8 @@ def field_types(cls: type) -> dict[str, object]:
 
 def shown(value: object) -> str:
     """A value as error messages show it: short, on one line."""
+    if isinstance(value, int) and abs(value) >= _TOO_LARGE**2:
+        return "a number of 2^63 or more"  # Python refuses to write out some
     text = value if isinstance(value, str) else repr(value)
     text = " ".join(text.split())
     return text if len(text) <= 60 else text[:57] + "..."
@@ -67,9 +71,22 @@ def decode(kind: object, value: object, path: str, faults: list[str]) -> object:
     if origin is dict:
         table = typing.cast(dict, value)
         return {k: decode(arguments[1], v, f"{path}[{k}]", faults) for k, v in table.items()}
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= _TOO_LARGE:
+        faults.append(f"{path}={shown(value)} is too large; use a number below 2^63")
+        return value
+    if isinstance(value, str) and (fault := _unusable(value)):
+        faults.append(f"{path}={shown(value)} {fault}; take it out")
+        return value
     if kind is float:
         return float(typing.cast(float, value))
     return value
+
+
+def _unusable(text: str) -> str | None:
+    """Why no file system and no JSON file takes a text; None where they do."""
+    if "\0" in text:
+        return "holds a NUL"
+    return "holds half a surrogate pair" if any("\ud800" <= character <= "\udfff" for character in text) else None
 
 
 def _fits(kind: object, value: object) -> bool:
@@ -157,7 +174,7 @@ def _parse_text(kind: object, text: str) -> object:
         return text
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -196,4 +213,4 @@ def _replace(parent: typing.Any, path: str, parts: list[str], value: object, fau
 def fingerprint(value: object) -> str:
     """A short hash of a value that JSON can hold, the same on every machine."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

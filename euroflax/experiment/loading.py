@@ -1,8 +1,11 @@
 """An experiment file, read by its path: `experiments/7b_eu24.py` need not be a module name."""
 
+import contextlib
 import dataclasses
+import hashlib
 import pathlib
 import re
+import sys
 import traceback
 import types
 from collections.abc import Mapping
@@ -39,21 +42,28 @@ def load(path: str | pathlib.Path, overrides: Mapping[str, object] | None = None
 
 def _execute(path: pathlib.Path) -> object:
     try:
+        if path.exists() and not path.is_file():
+            raise ExperimentError(f"experiment file {path} is not a regular file; give a path to a .py file")
         text = path.read_bytes()
-    except OSError as error:
-        raise ExperimentError(f"experiment file {path} cannot be read ({error.strerror}); give a path to a .py file")
-    module = types.ModuleType(f"experiment_{path.stem}")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ExperimentError(f"experiment file {path} cannot be read ({reason}); give a path to a .py file")
+    module = types.ModuleType(f"experiment_{path.stem}_{hashlib.sha256(bytes(path.absolute())).hexdigest()[:8]}")
     module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where dataclasses look for the annotations of their fields
     try:
-        exec(compile(text, str(path), "exec"), module.__dict__)
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is the command's
+            exec(compile(text, str(path), "exec", dont_inherit=True), module.__dict__)
     except ExperimentError:
         raise
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         place = f"{path}:{line}" if line else f"{_line_of(error, path)}"
-        raise ExperimentError(f"experiment file {place} {_sentence(error)}; mend that line") from error
-    except Exception as error:
-        raise ExperimentError(f"experiment file {_line_of(error, path)} {_describe(error)}") from error
+        raise ExperimentError(f"experiment file {place} {_sentence(error)}; fix that line") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also one that ends the process
+        raise ExperimentError(f"experiment file {_line_of(error, path)} {_describe(error, path)}") from error
     return getattr(module, "experiment", None)
 
 
@@ -62,12 +72,20 @@ def _sentence(error: BaseException) -> str:
     return f"does not run ({type(error).__name__}: {message})"
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException, path: pathlib.Path) -> str:
+    if isinstance(error, SystemExit):
+        return f"ends the process (SystemExit: {error.code}); take that line out"
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    if name is not None and (path.parent / f"{name}.py").is_file():
+        return (
+            f"imports {name}, a file beside it, and experiment files are no modules; use "
+            f'`load(pathlib.Path(__file__).parent / "{name}.py")` of euroflax.experiment'
+        )
     match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     cls = getattr(schema, match[1], None) if match else None
     if match and cls is not None:
         return unknown_field(cls, "", match[2])
-    return f"{_sentence(error)}; mend that line"
+    return f"{_sentence(error)}; fix that line"
 
 
 def _line_of(error: BaseException, path: pathlib.Path) -> str:

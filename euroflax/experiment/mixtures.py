@@ -10,6 +10,8 @@ from euroflax.experiment.schema import Experiment, Mixture, Source
 
 _MAX_ALPHA = 10
 
+_SHOWN = 24
+
 
 def mixtures(experiment: Experiment) -> Iterator[str]:
     """The faults of the mixture that the run begins with, and of those of its stages."""
@@ -106,4 +108,5 @@ def _sums_to_one(field: str, shares: Mapping[str, float]) -> Iterator[str]:
     total = math.fsum(shares.values())
     if not abs(total - 1) <= 1e-6:
         offer = ", ".join(f"{name}: {share / total:.9g}" for name, share in shares.items() if total > 0)
-        yield (f"{field} sum to {total:.9g}, not 1; divide each by {total:.9g}: rescaled they are {{{offer}}}")
+        rescaled = f": rescaled they are {{{offer}}}" if len(shares) <= _SHOWN else ""
+        yield f"{field} sum to {total:.9g}, not 1; divide each by {total!r}{rescaled}"

@@ -18,6 +18,18 @@ _MAX_ROWS = 2**32 - 1
 _MAX_SEED = 2**31 - 1
 _SPLIT_BY_TENSOR = ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
 _LEAST_WINDOW = 8
+_MOST = {
+    "num_layers": 10_000,
+    "embed_dim": 2**20,
+    "num_heads": 2**16,
+    "num_kv_heads": 2**16,
+    "head_dim": 2**16,
+    "mlp_dim": 2**24,
+    "vocab_size": 2**28,
+}
+_LONGEST_ROW = 2**26
+_MOST_TRIED = 10**6
+_SHOWN = 24
 
 
 def check_types(experiment: Experiment) -> list[str]:
@@ -32,7 +44,7 @@ def validate(experiment: Experiment) -> list[str]:
     faults = check_types(experiment)
     if faults:
         return faults
-    for rules in (_sizes, _sources, mixtures, _stages, _rows_of_stages, _training, _schedule, _guard, _mesh):
+    for rules in (_sizes, _data, _sources, mixtures, _stages, _rows_of_stages, _training, _schedule, _guard, _mesh):
         faults.extend(rules(experiment))
     return faults
 
@@ -50,6 +62,9 @@ def _sizes(experiment: Experiment) -> Iterator[str]:
         yield f"name={shown(experiment.name)} is no folder name; use letters, digits, and - _ . +"
     for field in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
         yield from _at_least(f"model.{field}", getattr(model, field), 1)
+    for field, most in _MOST.items():
+        if getattr(model, field) > most:
+            yield f"model.{field}={getattr(model, field)} is more than any model has; use {most} or less"
     if model.num_kv_heads > 0 and model.num_heads % model.num_kv_heads:
         yield (
             f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; "
@@ -65,14 +80,29 @@ def _sizes(experiment: Experiment) -> Iterator[str]:
     for field in ("rope_theta", "norm_epsilon", "init_std"):
         if not 0 < getattr(model, field) < math.inf:
             yield f"model.{field}={getattr(model, field)} is not a positive number; use its default"
+
+
+def _data(experiment: Experiment) -> Iterator[str]:
     yield from _at_least("data.sequence_length", experiment.data.sequence_length, 2)
+    if experiment.data.sequence_length > _LONGEST_ROW:
+        yield f"data.sequence_length={experiment.data.sequence_length} is too long; use {_LONGEST_ROW} or less"
     yield from _at_least("data.tokenizer.sample_bytes", experiment.data.tokenizer.sample_bytes, 1)
+    yield from _at_least("data.max_document_bytes", experiment.data.max_document_bytes, 1)
+    if experiment.data.max_document_bytes > 2**31:
+        yield f"data.max_document_bytes={experiment.data.max_document_bytes} is too large; use {2**31} or less"
+    if not 0 <= experiment.data.tokenizer.max_lost_fraction < 1:
+        lost = experiment.data.tokenizer.max_lost_fraction
+        yield f"data.tokenizer.max_lost_fraction={lost} is not in [0, 1); use 0 or a small fraction"
     if not 0 <= experiment.data.bad_line_fraction <= 1:
         yield f"data.bad_line_fraction={experiment.data.bad_line_fraction} is not a fraction; use 0 to 1"
 
 
 def _divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+    """The divisors of a number, the smallest and largest where they are many."""
+    small = [d for d in range(1, min(math.isqrt(number), _MOST_TRIED) + 1) if number % d == 0]
+    found = sorted({*small, *(number // d for d in small)})
+    shown = found if len(found) <= _SHOWN else [*found[: _SHOWN // 2], "...", *found[-_SHOWN // 2 :]]
+    return ", ".join(map(str, shown))
 
 
 def _sources(experiment: Experiment) -> Iterator[str]:

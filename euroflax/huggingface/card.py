@@ -90,7 +90,7 @@ def _sources(manifest: dict, ledger: list[dict]) -> str:
     header = ["source", "language", "licence", "provider", "origin", "opt-outs"]
     table = _table([*header, "documents", "bytes", "tokens read", "epochs"], rows)
     left_out = [
-        f"{count:,} listed documents of {name} from row {entry['position']:,} on"
+        f"the documents of {count:,} listed ids of {name} from row {entry['position']:,} on"
         for entry in manifest.get("withdrawn", [])
         for name, count in entry["listed"].items()
         if count

@@ -14,6 +14,7 @@ import safetensors
 from euroflax.data.tokenizer import Tokenizer
 from euroflax.data.tokenizer import read as read_tokenizer
 from euroflax.experiment import Experiment, ExperimentError, Model
+from euroflax.folders import parse_json
 from euroflax.huggingface.names import Tensor, from_config, tensors
 from euroflax.sharding import name_of
 
@@ -238,7 +239,7 @@ def _tensor(file: pathlib.Path, name: str) -> np.ndarray:
 
 def _read_json(file: pathlib.Path) -> dict:
     try:
-        value = json.loads(file.read_bytes())
+        value = parse_json(file.read_bytes())
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):

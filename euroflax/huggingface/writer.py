@@ -1,7 +1,6 @@
 """A run's parameters as a Hugging Face folder: written shard by shard, with a card from the run's record."""
 
 import fcntl
-import json
 import os
 import pathlib
 import shutil
@@ -13,7 +12,7 @@ from safetensors.numpy import save_file
 
 from euroflax.data import tokenizer as tokens
 from euroflax.experiment import Experiment, ExperimentError
-from euroflax.folders import open_lock, replace_file, replace_json
+from euroflax.folders import open_lock, parse_json, replace_file, replace_json
 from euroflax.huggingface.names import Tensor, tensors, to_config
 
 DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -153,4 +152,4 @@ WRITTEN = ("tokenizer_config.json", "generation_config.json")
 
 
 def _read_json(file: pathlib.Path) -> dict:
-    return json.loads(file.read_bytes()) if file.is_file() else {}
+    return parse_json(file.read_bytes()) if file.is_file() else {}

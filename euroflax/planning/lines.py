@@ -30,19 +30,30 @@ def plan_lines(plan: Plan) -> list[str]:
 
 def _mixture_line(stages: list[dict]) -> str:
     table = stages[-1]["sources"]
-    shares = sorted(((row["share"] or 0, row["source"]) for row in table), reverse=True)
     epochs = [row["epochs_so_far"] for row in table if row["epochs_so_far"] is not None]
     read = f", {min(epochs):.2g} to {max(epochs):.2g} epochs each" if epochs else ""
+    if epochs and f"{min(epochs):.2g}" == f"{max(epochs):.2g}":
+        read = f", {min(epochs):.2g} epochs each"
+    spreads = [_spread(stage["sources"]) for stage in stages]
+    if len(stages) > 1:
+        spreads = [f"stage {stage['stage']}: {spread}" for stage, spread in zip(stages, spreads, strict=True)]
+    languages = len({row["language"] for row in table})
+    return f"{_counted(len(table), 'source')} in {_counted(languages, 'language')}, {'; '.join(spreads)}{read}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _spread(table: list[dict]) -> str:
+    """The largest and the smallest share of a stage."""
+    shares = sorted(((row["share"] or 0, row["source"]) for row in table), reverse=True)
     top, least = shares[0], shares[-1]
     if top[0] == 0:
-        spread = "sizes not known yet"
-    elif math.isclose(top[0], least[0], rel_tol=1e-9):
-        spread = f"{100 * top[0]:.2f}% each"
-    else:
-        spread = f"{100 * top[0]:.2f}% ({top[1]}) to {100 * least[0]:.3g}% ({least[1]})"
-    many = f" in {len(stages)} stages" if len(stages) > 1 else ""
-    languages = len({row["language"] for row in table})
-    return f"{len(table)} sources in {languages} languages{many}, {spread}{read}"
+        return "sizes not known yet"
+    if math.isclose(top[0], least[0], rel_tol=1e-9):
+        return f"{100 * top[0]:.2f}% each"
+    return f"{100 * top[0]:.2f}% ({top[1]}) to {100 * least[0]:.3g}% ({least[1]})"
 
 
 def _memory_line(plan: Plan) -> str:

@@ -26,6 +26,7 @@ from euroflax.training.energy import Energy, Reading, combine
 from euroflax.training.guard import BadStretch
 from euroflax.training.job import Display, Job
 from euroflax.training.meter import Meter
+from euroflax.training.optimizer import about_longer
 from euroflax.training.record import Record, differences, now
 from euroflax.training.samples import write_samples
 from euroflax.training.saving import Saver
@@ -119,6 +120,10 @@ def _run(job: Job) -> TrainState:
         job.display.note(f"run {job.declared.name} is complete: {step} steps")
     elif step:
         job.display.note(f"goes on after step {step} of run {job.declared.name}")
+    if (earlier := job.checkpoints.latest_facts) is not None:
+        before = earlier["experiment"]["training"]["tokens"]
+        for text in about_longer(job.declared, before, job.declared.tokens_at(position)):
+            job.display.note(text)
     steps: dict[int, Step] = {}
     job.clock.turn("other")
     try:
@@ -215,7 +220,9 @@ def _first_state(job: Job) -> tuple[TrainState, TrainState]:
     abstract = abstract_state(job.declared, job.mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if job.checkpoints.latest is None:
-        state = jax.jit(functools.partial(init_state, job.declared), out_shardings=shardings)()
+        with job.stop.at_once():
+            state = jax.jit(functools.partial(init_state, job.declared), out_shardings=shardings)()
+            jax.block_until_ready(state)
         if job.weights is not None:
             folder = job.weights()
             state = state.replace(params=folder.place(job.declared.model, abstract.params))

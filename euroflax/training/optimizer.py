@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from euroflax.experiment import Schedule, Training
+from euroflax.experiment import Experiment, Schedule, Training
 from euroflax.sharding import letters_of
 
 
@@ -30,6 +30,27 @@ def learning_rate(schedule: Schedule, total_tokens: int, tokens: jax.Array | flo
     }
     remaining = 1.0 - (1.0 - schedule.final_fraction) * falls[shape] if decay_tokens else 1.0
     return jnp.float32(schedule.peak_learning_rate) * warmup * remaining
+
+
+def about_longer(declared: Experiment, before: int, tokens: int) -> list[str]:
+    """What the schedule does in a run that is made longer once its learning rate has begun to decay; else nothing.
+
+    Args:
+        declared: the experiment as it is now.
+        before: its `training.tokens` so far.
+        tokens: tokens read.
+    """
+    schedule, total = declared.training.schedule, declared.training.tokens
+    decay_began = schedule.warmup_tokens if schedule.kind == "cosine" else before - schedule.decay_tokens
+    if total == before or tokens <= decay_began:
+        return []
+    was, is_now = (float(learning_rate(schedule, end, float(tokens))) for end in (before, total))
+    return [
+        f"training.tokens was {before:,} and is {total:,}: the learning rate goes from {was:.3g} to {is_now:.3g} and "
+        "decays at the new end",
+        f"to extend the phase before the decay instead, move the checkpoints after {decay_began:,} tokens out of the "
+        "folder checkpoints and run the same command again",
+    ]
 
 
 def make_optimizer(training: Training) -> optax.GradientTransformation:

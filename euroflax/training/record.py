@@ -22,9 +22,10 @@ from euroflax.data.tokenizer import BESIDE
 from euroflax.data.withdrawals import write_history
 from euroflax.experiment import Experiment, ExperimentError, Source, from_json, to_json
 from euroflax.experiment.codec import shown
-from euroflax.folders import is_full, make_folder, open_lock, replace_file, replace_json
+from euroflax.folders import is_full, make_folder, open_lock, parse_json, replace_file, replace_json
 from euroflax.languages import fold
 from euroflax.training.goodput import goodput, lost, moved, next_number, recover, totals
+from euroflax.training.shapes import EVAL_LINE, SAMPLES, TRAIN_LINE, completed, fits
 
 _MAY_DIFFER = re.compile(
     r"mesh\.|checkpoint\.|evaluation\.|data\.(tokenizer\.max_lost_fraction|bad_line_fraction)$"
@@ -74,10 +75,13 @@ class Record:
     def _read_manifest(self) -> dict | None:
         file = self.path / "manifest.json"
         manifest = read_json(file)
-        if manifest is not None and not isinstance(manifest.get("sessions"), list):
+        spoilt = [] if manifest is None else completed(manifest)
+        if manifest is not None and "sessions" not in manifest:
+            spoilt.append("sessions")
+        if spoilt:
             raise ExperimentError(
-                f"{file} is not the record of a run; restore it, or move it away: the run then goes on with a record "
-                "that begins here"
+                f"{file} is not the record of a run ({', '.join(spoilt)}); restore it, or move it away: the run then "
+                "goes on with a record that begins here"
             )
         return manifest
 
@@ -280,7 +284,7 @@ def read_json(file: pathlib.Path) -> dict | None:
         ExperimentError: the file holds something else.
     """
     try:
-        value = json.loads(file.read_bytes())
+        value = parse_json(file.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError:
@@ -331,28 +335,31 @@ def read_manifest(path: pathlib.Path) -> dict:
         raise ExperimentError(f"run folder={path} holds no manifest.json; train first")
     if lacking := [name for name in _MANIFEST if not manifest.get(name)]:
         raise ExperimentError(f"{path / 'manifest.json'} lacks {', '.join(lacking)}; restore it")
+    if spoilt := completed(manifest):
+        raise ExperimentError(f"{path / 'manifest.json'} is corrupt in {', '.join(spoilt)}; restore it")
     return manifest
 
 
 def read_samples(path: pathlib.Path) -> dict | None:
     """What the finished model wrote; None where there is nothing, or nothing whole."""
     try:
-        samples = json.loads((path / "samples.json").read_bytes())
-        return samples if {"step", "samples", "temperature", "top_p", "seed"} <= samples.keys() else None
-    except (OSError, ValueError, AttributeError):
+        samples = parse_json((path / "samples.json").read_bytes())
+    except (OSError, ValueError):
         return None
+    return samples if fits(samples, SAMPLES) else None
 
 
 def read_metrics(path: pathlib.Path) -> list[dict]:
-    """The lines of a run's metrics, oldest first; a torn last line is left out."""
+    """The lines of a run's metrics, oldest first; those that are not whole are left out."""
     file = path / "metrics.jsonl"
-    return [value for _, value in _lines(file)] if file.is_file() else []
+    values = [value for _, value in _lines(file)] if file.is_file() else []
+    return [value for value in values if fits(value, EVAL_LINE if "eval" in value else TRAIN_LINE)]
 
 
 def _lines(file: pathlib.Path) -> Iterable[tuple[bytes, dict]]:
     for line in file.read_bytes().splitlines(keepends=True):
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError:
             continue
         if line.endswith(b"\n") and isinstance(value, dict) and isinstance(value.get("step"), int):

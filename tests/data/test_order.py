@@ -282,5 +282,5 @@ def test_an_order_that_is_only_opened_far_on_draws_no_row_before(run, monkeypatc
     monkeypatch.setattr(type(order.stretches[0].schedule), "place", lambda s, i: (asked.append(i), place(s, i))[1])
     order.place(200)
     assert asked == [200 - 102]
-    assert order.stretches[-1].schedule._block.cache_info().misses == 1
-    assert all(stretch.schedule._block.cache_info().currsize == 0 for stretch in order.stretches[:-1])
+    assert order.stretches[-1].schedule._blocks._block.cache_info().misses == 1
+    assert all(stretch.schedule._blocks._block.cache_info().currsize == 0 for stretch in order.stretches[:-1])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from euroflax.data.schedule import MAX_BLOCK, Schedule, apportion
+from euroflax.data.schedule import Schedule, apportion
 from euroflax.data.shares import DENOMINATOR
 
 # The weights of a real list of 156 parts: most of them are tiny.
@@ -69,7 +69,7 @@ def test_random_weights_are_kept_across_cuts():
         size = int(rng.integers(2, 200))
         shares = rng.dirichlet(np.full(size, rng.choice([0.05, 0.3, 1.0]))) + 1e-4
         schedule = Schedule(tuple(apportion(shares.tolist(), DENOMINATOR)))
-        cut = int(rng.integers(1, 10_000)) * schedule.block_length
+        cut = int(rng.integers(1, 10_000)) * schedule._blocks.block_length
         assert_within_one(apportion(shares.tolist(), DENOMINATOR), 4000, cut - 2000)
 
 
@@ -79,20 +79,47 @@ def test_place_three_thousand_million_is_found_without_the_ones_before_it():
     source, before = schedule.place(3_000_000_000)
     assert abs(before - 3_000_000_000 * weights[source] / DENOMINATOR) < 1
     assert schedule.drawn(3_000_000_001)[source] == before + 1
-    assert schedule._block.cache_info().misses == 1
+    assert schedule._blocks._block.cache_info().misses == 1
 
 
 def test_what_was_drawn_can_be_forgotten():
     schedule = Schedule((5, 3))
     found = [schedule.place(index) for index in range(20)]
     schedule.forget()
-    assert schedule._block.cache_info().currsize == 0
+    assert schedule._blocks._block.cache_info().currsize == 0
     assert [schedule.place(index) for index in range(20)] == found
 
 
-def test_a_weight_that_comes_too_seldom_is_refused():
-    with pytest.raises(ValueError, match="a weight of 1 in"):
-        Schedule((MAX_BLOCK, 1))
+RARE = {
+    "one": [1.0, *[0.3] * 300, 3.2e-7],
+    "least": [1.0, 1e-9],
+    "several": [1.0, *[0.01] * 150, *[2e-7] * 10, 1e-9, 3e-9],
+    "of two kinds": [1.0, 1e-7, 1e-9, 1e-9],
+}
+
+
+@pytest.mark.parametrize("kind", RARE)
+def test_shares_down_to_one_in_a_thousand_million_are_kept_at_any_place(kind):
+    weights = apportion(RARE[kind], DENOMINATOR)
+    schedule = Schedule(tuple(weights))
+    exact = np.array(weights) / DENOMINATOR
+    is_rare = exact * 2**21 < 1
+    within = 1 + exact / 2 / np.where(is_rare, exact[is_rare].sum(), exact[~is_rare].sum())
+    rng = np.random.default_rng(0)
+    for position in (*rng.integers(0, 2**32, 6).tolist(), 10**6, 2**32 - 1):
+        counts = schedule.drawn(position)
+        assert counts.sum() == position and (np.abs(counts - exact * position) < within).all()
+        source, before = schedule.place(position)
+        assert before == counts[source]
+        after = counts + np.eye(len(weights), dtype=np.int64)[source]
+        np.testing.assert_array_equal(schedule.drawn(position + 1), after)
+
+
+def test_one_rare_source_comes_in_the_middle_of_its_windows():
+    schedule = Schedule((10**9 - 100, 100))
+    places = [j * 10**7 + 5 * 10**6 for j in range(3)]
+    assert [schedule.place(place) for place in places] == [(1, 0), (1, 1), (1, 2)]
+    assert [schedule.place(place + 1)[0] for place in places] == [0, 0, 0]
 
 
 def test_apportionment_sums_and_gives_each_source_a_row():

@@ -1,6 +1,5 @@
 import pytest
 
-from euroflax.data.schedule import MAX_BLOCK
 from euroflax.data.shares import DENOMINATOR, Size, declared_shares, declared_size, row_weights
 from euroflax.experiment import ExperimentError, Mixture, Source, Span
 
@@ -117,8 +116,10 @@ def test_row_weights_undo_what_a_row_holds_of_each_source():
 
 
 def test_a_share_too_small_to_be_kept_is_refused_and_not_lifted():
-    weights = {"en-1": 1 - 3e-9, "en-2": 1e-9, "mt-1": 1e-9, "ga-1": 1e-9}
-    with pytest.raises(ExperimentError, match=rf"source en-2 has a share of 1e-09 of the rows, .* one in {MAX_BLOCK}"):
+    weights = {"en-1": 1 - 2.8e-9, "en-2": 0.8e-9, "mt-1": 1e-9, "ga-1": 1e-9}
+    with pytest.raises(
+        ExperimentError, match=rf"source en-2 has a share of 8e-10 of the rows, .* one in {DENOMINATOR}"
+    ):
         row_weights(span(weights=weights, unit="tokens"), SOURCES, SIZES, 10, [0.0] * 4)
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -14,6 +15,7 @@ from euroflax.experiment import (
     to_json,
     validate,
 )
+from euroflax.training.record import leaves
 from tests.conftest import ROOT, TINY, small
 
 HEAD = "from euroflax.experiment import *\n"
@@ -115,7 +117,9 @@ def test_a_wrong_override_names_field_and_fix(field, value, message):
         ({"mesh__data": 16}, "training.batch_tokens=512 is 8 rows and does not divide over"),
         ({"checkpoint__every_steps": 0}, "checkpoint.every_steps=0 is less than 1"),
         ({"data__bad_line_fraction": 1.5}, "data.bad_line_fraction=1.5 is not a fraction"),
-        ({"training__seed": 10**20}, "training.seed=100000000000000000000 is too large"),
+        ({"training__seed": 2**40}, "training.seed=1099511627776 is too large"),
+        ({"model__num_layers": 10**18}, "model.num_layers=1000000000000000000 is more than any model has"),
+        ({"model__num_heads": 65_535, "model__num_kv_heads": 2}, "use one of 1, 3, 5, 15, 17, 51, 85, 255"),
         ({"mesh__data": 1, "training__accumulation_steps": 0}, "training.accumulation_steps=0 is less than 1"),
         ({"name": "../x"}, "name=../x is no folder name"),
         ({"data__mixture__weights": {"sample-el": 0.5, "sample-en": 0.3, "sample-mt": 0.1}}, "sum to 0.9, not 1"),
@@ -224,3 +228,60 @@ def test_model_defaults_need_only_sizes():
 def test_every_shipped_experiment_loads():
     for path in (ROOT / "experiments").glob("*.py"):
         assert load(path).name == path.stem
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 2**63])
+def test_a_number_that_no_computer_word_holds_is_refused_in_every_field(value):
+    def replace(tree, path):
+        if isinstance(tree, dict):
+            return {key: replace(item, f"{path}.{key}") for key, item in tree.items()}
+        if isinstance(tree, list):
+            return [replace(item, f"{path}[]") for item in tree]
+        return value if isinstance(tree, int | float) and not isinstance(tree, bool) else tree
+
+    with pytest.raises(ExperimentError) as error:
+        from_json(replace(to_json(small()), ""))
+    numbers = [path for path, leaf in leaves(to_json(small()), "") if type(leaf) in (int, float)]
+    assert len(error.value.faults) == len(numbers) > 30
+    assert all("is too large; use a number below 2^63" in fault for fault in error.value.faults)
+
+
+@pytest.mark.parametrize(("text", "rule"), [("a\0b", "holds a NUL"), ("\ud800", "holds half a surrogate pair")])
+def test_a_text_that_no_file_takes_is_refused(text, rule):
+    with pytest.raises(ExperimentError, match=rule):
+        override(small(), {"continue_from": text})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import sys\nsys.exit(0)\n", "x.py:2 ends the process (SystemExit: 0); take that line out"),
+        ("import beside\n", "imports beside, a file beside it, and experiment files are no modules"),
+        ("def f(): f()\nf()\n", "does not run (RecursionError"),
+        ("\0", "does not run"),
+    ],
+)
+def test_an_experiment_file_that_ends_recurses_or_imports_is_a_fault(tmp_path, text, message):
+    (tmp_path / "beside.py").touch()
+    (tmp_path / "x.py").write_text(text)
+    with pytest.raises(ExperimentError) as error:
+        load(tmp_path / "x.py")
+    assert message in faults(error)
+
+
+def test_an_experiment_file_may_hold_dataclasses_with_postponed_annotations_and_prints_on_stderr(tmp_path, capsys):
+    text = "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass A:\n    b: int = 1\n"
+    (tmp_path / "x.py").write_text(text + f"print('hello')\n{HEAD}experiment = load({str(TINY)!r})\n")
+    assert load(tmp_path / "x.py").name == "tiny_eu24"
+    assert capsys.readouterr() == ("", "hello\n")
+
+
+def test_an_experiment_that_is_a_fifo_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.py")
+    with pytest.raises(ExperimentError, match="is not a regular file"):
+        load(tmp_path / "x.py")
+
+
+def test_brackets_nested_deeply_are_a_value_of_the_wrong_type():
+    with pytest.raises(ExperimentError, match="has the wrong type"):
+        override(small(), {"data.sources": "[" * 100_000})

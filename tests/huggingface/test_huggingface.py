@@ -442,7 +442,7 @@ def test_buffers_in_a_folder_are_not_superfluous(copied):
 
 
 def test_an_export_puts_the_begin_token_where_training_did_and_keeps_what_came_with_the_tokenizer(exported, tmp_path):
-    declared, folders, done, _ = exported
+    declared, folders, _, _ = exported
     shutil.copytree(folders.runs_dir, tmp_path / "runs")
     beside = tmp_path / "runs" / declared.name / "tokenizer"
     inner = tokenizers.Tokenizer.from_file(str(beside / "tokenizer.json"))
@@ -452,7 +452,12 @@ def test_an_export_puts_the_begin_token_where_training_did_and_keeps_what_came_w
     assert not tokens.read(beside / "tokenizer.json").begins_texts
     (beside / "chat_template.jinja").write_text("{{ messages }}")
     (beside / "generation_config.json").write_text(json.dumps({"eos_token_id": [known.eos, 7]}))
-    extra = {"eos_token": tokens.EOS, "additional_special_tokens": ["<x>"], "tokenizer_class": "LlamaTokenizer"}
+    extra = {
+        "bos_token": tokens.BOS,
+        "eos_token": tokens.EOS,
+        "additional_special_tokens": ["<x>"],
+        "tokenizer_class": "LlamaTokenizer",
+    }
     (beside / "tokenizer_config.json").write_text(json.dumps(extra))
     folder = tmp_path / "hf"
     folder.mkdir()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from euroflax import model
-from euroflax.experiment import Schedule
-from euroflax.training.optimizer import learning_rate, make_optimizer
+from euroflax.experiment import Schedule, override
+from euroflax.training.optimizer import about_longer, learning_rate, make_optimizer
 from tests.conftest import small
 
 
@@ -79,3 +79,19 @@ def test_one_step_of_adamw_is_its_formula():
     updates, _ = optimizer.update(g, optimizer.init(w), w)
     expected = np.sign(g["w_DF"]) + training.weight_decay * np.asarray(w["w_DF"])
     np.testing.assert_allclose(updates["w_DF"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("before", "tokens", "says"),
+    [
+        (1000, 1000, "goes from 0 to 0.01 and"),
+        (1000, 801, "goes from 0.00995 to 0.01 and"),
+        (1000, 700, None),
+        (2000, 1900, None),
+    ],
+)
+def test_a_run_made_longer_behind_its_stable_phase_says_what_the_rate_does(before, tokens, says):
+    schedule = {"training.schedule.decay_tokens": 200, "training.schedule.warmup_tokens": 100}
+    declared = override(small(training__tokens=2000), {**schedule, "training.schedule.peak_learning_rate": 0.01})
+    said = about_longer(declared, before, tokens)
+    assert (said == []) if says is None else (says in said[0] and "move the checkpoints after 800 tokens" in said[1])

@@ -2,9 +2,11 @@ import contextlib
 import dataclasses
 import errno
 import json
+import shutil
 
 import pytest
 
+from euroflax import report
 from euroflax.data.loader import Rows
 from euroflax.data.prepare import prepare
 from euroflax.experiment import ExperimentError, Stage, to_json
@@ -17,6 +19,11 @@ from tests.conftest import small
 def _prepared(cache):
     opened.prepared = prepare(small(), Folders(cache_dir=cache))
     opened.order = Rows(small(), opened.prepared).order
+
+
+def line(step, loss, **more):
+    names = ("sequences", "tokens", "grad_norm", "learning_rate", "step_seconds", "tokens_per_second")
+    return {"step": step, "loss": loss, **dict.fromkeys(names, 1), "loss_by_language": {}, **more}
 
 
 @contextlib.contextmanager
@@ -33,7 +40,7 @@ def test_metrics_are_cut_back_to_a_step_and_lose_a_torn_line(tmp_path):
 
 def cut_back(tmp_path, record):
     record.append([{"step": 0, "eval": {"bits_per_byte.mean": 1.0}}])
-    record.append({"step": step, "loss": 1 / 3} for step in (1, 2, 3))
+    record.append(line(step, 1 / 3) for step in (1, 2, 3))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3]
@@ -45,19 +52,19 @@ def cut_back(tmp_path, record):
 
 def test_lines_that_a_full_disk_refuses_are_held_back_and_written_once(tmp_path, monkeypatch):
     with opened(tmp_path) as record:
-        record.append([{"step": 1, "loss": 1.0}])
+        record.append([line(1, 1.0)])
         with monkeypatch.context() as patch:
             patch.setattr("os.fsync", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-            record.append([{"step": 2, "loss": 2.0}])
+            record.append([line(2, 2.0)])
             assert record.holds_back and [line["step"] for line in read_metrics(tmp_path)] == [1]
             with pytest.raises(OSError, match="full"):
                 record.flush()
-        record.append([{"step": 3, "loss": 3.0}])
+        record.append([line(3, 3.0)])
         assert not record.holds_back and [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
         with monkeypatch.context() as patch:
             patch.setattr("os.fsync", lambda file: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
             with pytest.raises(OSError, match="broken"):
-                record.append([{"step": 4, "loss": 4.0}])
+                record.append([line(4, 4.0)])
 
 
 def test_a_tokenizer_that_was_not_copied_whole_is_copied_again(tmp_path):
@@ -74,7 +81,7 @@ def test_a_manifest_that_is_no_record_is_refused_with_a_way_on(tmp_path, content
     with opened(tmp_path):
         pass
     (tmp_path / "manifest.json").write_text(content)
-    said = "is not the record of a run; restore it, or move it away"
+    said = "is not the record of a run .*; restore it, or move it away"
     with pytest.raises(ExperimentError, match=said), opened(tmp_path):
         pass
     (tmp_path / "manifest.json").unlink()
@@ -87,8 +94,9 @@ def test_a_manifest_that_is_no_record_is_refused_with_a_way_on(tmp_path, content
 
 def test_what_is_not_finite_is_null(tmp_path):
     with opened(tmp_path) as record:
-        record.append([{"step": 1, "loss": float("nan"), "by": {"en": float("inf")}, "mfu": None}])
-    assert read_metrics(tmp_path) == [{"step": 1, "loss": None, "by": {"en": None}, "mfu": None}]
+        record.append([line(1, float("nan"), loss_by_language={"en": float("inf")}, mfu=None)])
+    (found,) = read_metrics(tmp_path)
+    assert (found["loss"], found["loss_by_language"], found["mfu"]) == (None, {"en": None}, None)
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
@@ -192,3 +200,63 @@ def test_the_manifest_says_where_the_text_is_from_and_what_the_tokenizer_costs(t
     english = manifest["tokenizer"]["en"]
     assert english["tokens_vs_english"] == 1 < manifest["tokenizer"]["mt"]["tokens_vs_english"]
     assert (tmp_path / "tokenizer" / "tokenizer.json").is_file()
+
+
+def changes(value, path=""):
+    """A JSON value with each part in turn replaced by another type, or taken out."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield f"{path}.{key} gone", {name: part for name, part in value.items() if name != key}
+            for name, changed in changes(item, f"{path}.{key}"):
+                yield name, value | {key: changed}
+    elif isinstance(value, list) and value:
+        yield f"{path}[] added", [*value, "x"]
+        for name, changed in changes(value[0], f"{path}[0]"):
+            yield name, [changed, *value[1:]]
+    for other in ("x", 7, [], {}, None):
+        if type(other) is not type(value):
+            yield f"{path}={other!r}", other
+
+
+@pytest.mark.slow
+def test_a_manifest_spoilt_anywhere_is_refused_or_reported(trained, tmp_path):
+    _, _, run = trained
+    shutil.copytree(run.path, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    manifest = json.loads((run.path / "manifest.json").read_bytes())
+    for name in ("sources", "sessions"):
+        manifest[name] = manifest[name][:1]
+    manifest["ledger"]["entries"] = manifest["ledger"]["entries"][:1]
+    outcomes, broken = {"written": 0, "refused": 0}, []
+    for what, changed in changes(manifest):
+        (tmp_path / "run" / "manifest.json").write_text(json.dumps(changed))
+        try:
+            report.write(tmp_path / "run")
+            outcomes["written"] += 1
+        except ExperimentError:
+            outcomes["refused"] += 1
+        except Exception as error:
+            broken.append(f"{what}: {error!r}")
+    assert broken == []
+    assert min(outcomes.values()) > 50
+
+
+@pytest.mark.slow
+def test_metrics_and_samples_spoilt_anywhere_are_left_out_of_the_report(trained, tmp_path):
+    _, _, run = trained
+    shutil.copytree(run.path, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    lines = [json.loads(text) for text in (run.path / "metrics.jsonl").read_text().splitlines()]
+    kinds = [next(one for one in lines if key in one) for key in ("loss", "eval")]
+    for one in kinds:
+        for what, changed in changes(one):
+            (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*lines[:3], changed, ""])))
+            try:
+                report.write(tmp_path / "run")
+            except Exception as error:
+                pytest.fail(f"{what}: {error!r}")
+    (tmp_path / "run" / "metrics.jsonl").write_bytes((run.path / "metrics.jsonl").read_bytes())
+    for what, changed in changes(json.loads((run.path / "samples.json").read_bytes())):
+        (tmp_path / "run" / "samples.json").write_text(json.dumps(changed))
+        try:
+            report.write(tmp_path / "run")
+        except Exception as error:
+            pytest.fail(f"{what}: {error!r}")
