@@ -75,7 +75,7 @@ def _lines(points: list[list[tuple[float, float | None]]], label: str, *, dots: 
     if not any(drawn):
         return []
     axes = next(line for line in drawn if line is not None)
-    empty = Chart("", [], axes.x_ticks, axes.y_ticks, 0.0, 0.0, label)
+    empty = Chart("", [], [], axes.x_ticks, axes.y_ticks, 0.0, 0.0, label)
     return [line or empty for line in drawn]
 
 

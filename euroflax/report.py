@@ -1,6 +1,7 @@
 """`report.html`: a run on one page, from its folder alone. Needs no network to be read and no JAX to be written."""
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -19,6 +20,7 @@ from euroflax.training.goodput import KINDS
 from euroflax.training.record import read_json, read_manifest, read_metrics, read_samples
 
 _POINTS = 300
+_VALUES = 60
 _COLUMNS = 6
 
 Point = tuple[float, float]
@@ -31,6 +33,8 @@ class Chart:
     path: str
     """The `d` of an SVG path; broken where a value is not finite."""
     dots: list[Point]
+    values: list[tuple[float, float, str]]
+    """Where the value of each point is shown under the pointer: left, width, and text."""
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     first: float
@@ -78,6 +82,9 @@ def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: 
         "columns": _columns(evaluations),
         "most_bits": max((y for line in evaluations for y in line["figures"].values() if y is not None), default=0),
         "loss": chart([(line["tokens"], line["loss"]) for line in steps], "nats a token"),
+        "norm": chart([(line["tokens"], line["grad_norm"]) for line in steps], "gradient norm", from_zero=True),
+        "rate": chart([(line["tokens"], line["learning_rate"]) for line in steps], "learning rate", from_zero=True),
+        "marks": _marks(declared, steps),
         "speed": chart(speeds, "tokens a second", from_zero=True),
         "median_speed": statistics.median(speed for _, speed in speeds) if speeds else None,
         "languages": _languages(declared, steps, evaluations),
@@ -94,12 +101,19 @@ def _render(declared: Experiment, manifest: dict, metrics: list[dict], samples: 
     return render("report.html.j2", figures)
 
 
+def _marks(declared: Experiment, steps: list[dict]) -> list[tuple[float, str]]:
+    """Where stages begin on the x axis, in percent, until where the run is."""
+    done = steps[-1]["tokens"] if steps else 0
+    begun = [span for span in declared.spans[1:] if span.first_token < done]
+    return [(round(100 * span.first_token / done, 2), f"stage {span.number} begins") for span in begun]
+
+
 def render(template: str, figures: dict) -> str:
     """A page of the package, whose text is shown and never obeyed."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("euroflax", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"number": number, "name": _name, "percent": _percent}
+    environment.filters |= {"number": number, "name": _name, "percent": _percent, "bits": _bits}
     environment.filters |= {"seconds": _duration, "joules": _joules}
     return environment.get_template(template).render(figures)
 
@@ -132,15 +146,15 @@ def _languages(declared: Experiment, steps: list[dict], evaluations: list[dict])
     bits = {c: [(e["tokens"], e["figures"][c]) for e in evaluations if c in e["figures"]] for c in codes}
     loss_range, bits_range = (range_of(y for points in all_.values() for _, y in points) for all_ in (losses, bits))
     right = max((line["tokens"] for line in (*steps, *evaluations)), default=0)
-    found = [
+    return [
         {
             "code": code,
             "loss": chart(losses[code], "loss, nats a token", between=loss_range, right=right, ticks=3),
+            "own": chart(bits[code], "bits per byte", right=right, ticks=3, dots=True),
             "bits": chart(bits[code], "bits per byte", between=bits_range, right=right, ticks=3, dots=True),
         }
         for code in codes
     ]
-    return sorted(found, key=lambda entry: _name(entry["code"]))
 
 
 def _mixture(declared: Experiment, manifest: dict) -> list[dict]:
@@ -196,9 +210,10 @@ def _withdrawn(manifest: dict) -> list[str]:
 
 
 def _by(manifest: dict, field: str) -> list[dict]:
-    """Documents, bytes and tokens that were read, by language or provider, most bytes first."""
+    """Documents, bytes and tokens that were read, by language (by code) or provider (most bytes first)."""
     sums = totals([Entry(**entry) for entry in manifest["ledger"]["entries"]], field)
-    return sorted(({"name": name, **amounts} for name, amounts in sums.items()), key=lambda row: -row["bytes"])
+    rows = [{"name": name, **amounts} for name, amounts in sums.items()]
+    return sorted(rows, key=lambda row: row["name"] if field == "language" else -row["bytes"])
 
 
 def energy_of(manifest: dict) -> dict:
@@ -278,7 +293,18 @@ def chart(
     finite = [y for _, y in points if y is not None]
     x_ticks = [(round(100 * x / right, 1), number(x)) for x in _round_values(0, right, ticks)]
     y_ticks = [(round(100 * (high - y) / span, 1), number(y)) for y in _round_values(low, low + span, ticks)]
-    return Chart(" ".join(path), placed if dots else [], x_ticks, y_ticks, finite[0], finite[-1], label)
+    values = _values(points, right)
+    return Chart(" ".join(path), placed if dots else [], values, x_ticks, y_ticks, finite[0], finite[-1], label)
+
+
+def _values(points: Sequence[tuple[float, float | None]], right: float) -> list[tuple[float, float, str]]:
+    """At most `_VALUES` of the points, each with the part of the x axis that is nearest to it, in percent."""
+    picked = points[:: math.ceil(len(points) / _VALUES)]
+    edges = [0.0, *((a + b) / 2 for (a, _), (b, _) in itertools.pairwise(picked)), right]
+    return [
+        (round(100 * left / right, 2), round(100 * (end - left) / right, 2), f"{number(x)} tokens: {number(y)}")
+        for (x, y), left, end in zip(picked, edges, edges[1:], strict=False)
+    ]
 
 
 def _round_values(low: float, high: float, count: int) -> list[float]:
@@ -328,6 +354,10 @@ def number(value: float | None) -> str:
         if abs(value) >= max(size, 1e4):
             return f"{value / size:.3g}{letter}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _bits(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
 
 
 def _percent(value: float | None) -> str:

@@ -175,7 +175,7 @@ def train(
         if aside is not None:
             display.note(f"the run that was there is kept in {aside}")
         processes.agree(False)  # the others wait until it is renamed
-    make_folder(run_dir, "run folder")
+    make_folder(folders.runs_dir, "--runs-dir")
     if declared.continue_from is not None and latest_step(run_dir / "checkpoints") is None:
         huggingface.check_agreement(declared, folders.data_root)
     with clock.on("prepare"):

@@ -9,10 +9,11 @@ import pytest
 from euroflax import planning, verbs
 from euroflax.data.loader import BATCH_KEYS
 from euroflax.experiment import Stage, load, override, validate
+from euroflax.folders import Folders
 from euroflax.languages import EU24
 from euroflax.planning import compiled
 from euroflax.training.step import init_state, train_step
-from tests.conftest import ROOT, small
+from tests.conftest import ROOT, TINY, small
 
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
@@ -69,3 +70,16 @@ def test_check_traces_each_stage(folders, monkeypatch):
     declared = dataclasses.replace(declared, stages=(Stage(from_tokens=4 * 8 * 64, batch_tokens=4 * 64),))
     with pytest.raises(ZeroDivisionError):
         verbs.check(declared, folders)
+
+
+@pytest.mark.slow
+def test_the_default_run_gives_the_same_figures_on_every_mesh(cache, tmp_path):
+    figures = []
+    for mesh in ({"fsdp": 8}, {"data": 4, "tensor": 2}, {"data": 2, "sequence": 4}):
+        sizes = {"mesh.data": 1} | {f"mesh.{axis}": size for axis, size in mesh.items()}
+        declared = override(load(TINY), sizes | {"name": "_".join(mesh), "evaluation.sample_tokens": 0})
+        run = verbs.train(declared, Folders(cache_dir=cache, runs_dir=tmp_path))
+        norms = [line["grad_norm"] for line in run.metrics if "loss" in line]
+        assert max(norms) < 4
+        figures.append(run.bits_per_byte["mean"])
+    assert max(figures) - min(figures) < 2e-3

@@ -68,14 +68,16 @@ def test_the_page_says_what_the_record_says(trained, copied):
     assert "Complete: 3,072 tokens in 6 steps." in found.text
     for code in ("el", "en", "mt"):
         first = next(line["eval"] for line in run.metrics if "eval" in line)[f"bits_per_byte.{code}"]
-        assert f"{LANGUAGES[code].name} {code} {first:.2f} → {run.bits_per_byte[code]:.2f}" in found.text
+        assert f"{LANGUAGES[code].name} {code} {first:.3f} → {run.bits_per_byte[code]:.3f}" in found.text
     cells = " ".join(f"{line['eval']['bits_per_byte.mean']:.3f}" for line in run.metrics if "eval" in line)
     assert f"mean {cells}" in found.text
-    assert "sample-mt Maltese 33.3% " in found.text and "CC0-1.0 Euroflax public not applicable training" in found.text
+    assert (
+        "sample-mt Maltese mt 33.3% " in found.text and "CC0-1.0 Euroflax public not applicable training" in found.text
+    )
     for sample in json.loads((run.path / "samples.json").read_text())["samples"]:
         assert " ".join(sample["prompt"].split()) in found.text
     cost = json.loads((run.path / "manifest.json").read_text())["tokenizer"]["mt"]
-    assert f"Maltese {cost['characters_per_token']:.2f} {cost['bytes_per_token']:.2f}" in found.text
+    assert f"Maltese mt {cost['characters_per_token']:.2f} {cost['bytes_per_token']:.2f}" in found.text
     assert "1 x cpu" not in found.text and "8 x cpu" in found.text
     whole = json.dumps(to_json(declared), indent=2, ensure_ascii=False)
     assert " ".join(whole.split()) in found.text
@@ -100,7 +102,7 @@ def test_what_was_not_measured_is_said_and_not_averaged(copied):
     assert "not measured bits per byte, mean over languages" in found.text
     assert "Not measured: nothing is held out." in found.text
     assert "None yet: they are written when the run is complete." in found.text
-    assert re.search(r"Maltese [\d.]+ [\d.]+ [\d.]+ not measured", found.text)
+    assert re.search(r"Maltese mt [\d.]+ [\d.]+ [\d.]+ not measured", found.text)
 
 
 def test_a_run_that_has_just_begun_has_a_page_too(copied):
@@ -148,7 +150,7 @@ def test_figures_that_are_all_not_finite_are_shown_as_not_measured(copied):
     for line in lines:
         line |= {"eval": dict.fromkeys(line["eval"])} if "eval" in line else {"loss": None}
     (copied / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": "x"}\n')
-    assert "Maltese not measured not measured" in page(copied).text
+    assert "Maltese mt not measured not measured" in page(copied).text
 
 
 def test_an_evaluation_stands_at_the_tokens_read_before_it_whatever_the_batch_was():

@@ -248,4 +248,5 @@ def test_an_interrupted_experiment_file_ends_at_once(tmp_path):
     process = start(path)
     assert process.stderr.readline() == "begins\n"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 75
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 75 and said.startswith("stopped by SIGTERM")

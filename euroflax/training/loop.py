@@ -140,7 +140,10 @@ def _run(job: Job) -> TrainState:
                 _sample(job, state)
         return state
     finally:
-        _note_session(job, session.get("position", position))
+        if position >= job.declared.total_rows and not session["steps"]:
+            job.record.forget_session()  # a complete run typed again
+        else:
+            _note_session(job, session.get("position", position))
 
 
 def _ranges_on_record(job: Job, state: TrainState) -> list[Range]:

@@ -141,6 +141,12 @@ class Record:
             self._keep_tokenizer(prepared.tokenizer_path)
             self.write_manifest()
 
+    def forget_session(self) -> None:
+        """Takes the session that began last out of the manifest, since it had nothing to do."""
+        if len(self.manifest["sessions"]) > 1:
+            self.manifest["sessions"].pop()
+            self.write_manifest()
+
     def keep_order(self, order: Order) -> None:
         """Notes in which order the run reads its rows, and what they leave out."""
         asked = [dataclasses.asdict(span.mixture) for span in self._declared.spans]

@@ -92,6 +92,7 @@ def test_one_step_of_adamw_is_its_formula():
 )
 def test_a_run_made_longer_behind_its_stable_phase_says_what_the_rate_does(before, tokens, says):
     schedule = {"training.schedule.decay_tokens": 200, "training.schedule.warmup_tokens": 100}
+    schedule |= {"training.schedule.decay": "linear", "training.schedule.final_fraction": 0.0}
     declared = override(small(training__tokens=2000), {**schedule, "training.schedule.peak_learning_rate": 0.01})
     said = about_longer(declared, before, tokens)
     assert (said == []) if says is None else (says in said[0] and "move the checkpoints after 800 tokens" in said[1])
