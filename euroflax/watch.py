@@ -142,7 +142,7 @@ class Watch:
             return
         self._say(f"dead {number}", but=number)
         again = "the same command goes on from the last checkpoint"
-        what = again if status == Interrupted.exit_status else "mend what it says"
+        what = again if status == Interrupted.exit_status else "fix what it says"
         end_at_once(f"\nerror: process {number} {how}; {what}", status)
 
     def leave(self, status: int, sure: bool) -> None:

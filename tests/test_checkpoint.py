@@ -57,7 +57,7 @@ def restored(checkpoints, declared=DECLARED):
     return state, facts[0]
 
 
-def test_what_was_saved_is_restored_bit_by_bit(copied):
+def test_what_was_saved_is_restored_bit_for_bit(copied):
     checkpoints, notes = opened(copied[0])
     state, facts = restored(checkpoints)
     assert facts == {"step": 2} and notes == [] and checkpoints.latest == 2

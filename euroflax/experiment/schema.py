@@ -208,7 +208,7 @@ class Training:
     seed: int = 0
     """Seeds the parameters and the order of rows."""
     deterministic: bool = False
-    """On GPU: choose kernels whose results repeat bit by bit. CPU and TPU repeat always."""
+    """On GPU: choose kernels whose results repeat bit for bit. CPU and TPU repeat always."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,7 @@ class Folder:
         if superfluous:
             faults.append(
                 f"continue_from={self.path} holds {_listed(superfluous)}, which its config.json does not speak of; "
-                "take them out, or mend it"
+                "take them out, or fix it"
             )
         shapes, kinds = [], []
         for name in sorted(expected.keys() & found.keys()):
@@ -89,7 +89,7 @@ class Folder:
             if kind not in _FLOATS:
                 kinds.append(f"{name} {kind}")
         if shapes:
-            faults.append(f"continue_from={self.path} has other shapes: {_listed(shapes)}; mend config.json or them")
+            faults.append(f"continue_from={self.path} has other shapes: {_listed(shapes)}; fix config.json or them")
         if kinds:
             faults.append(
                 f"continue_from={self.path} has tensors of other types than {', '.join(_FLOATS)}: {_listed(kinds)}; "

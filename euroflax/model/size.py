@@ -1,5 +1,6 @@
 """How large a model is and how much it computes, by arithmetic."""
 
+import functools
 import math
 
 import jax
@@ -8,6 +9,7 @@ from euroflax.experiment import Model
 from euroflax.model.decoder import init
 
 
+@functools.lru_cache(maxsize=16)  # a step asks for it, and tracing the model takes as long as some steps
 def num_parameters(config: Model) -> int:
     """All parameters of the model."""
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))

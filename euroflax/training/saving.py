@@ -103,7 +103,7 @@ class Saver:
             text = f"the checkpoint cannot be written ({error}), tried {tried} times; those before it are kept"
             if is_full(error):
                 raise Interrupted(f"error: {text}; make room and run the same command again") from error
-            raise RunFailed(f"{text}; mend that") from error
+            raise RunFailed(f"{text}; fix that") from error
         pause = PAUSES[self._failures]
         self._failures, self._again = self._failures + 1, time.monotonic() + pause
         self._job.display.note(

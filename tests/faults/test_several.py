@@ -72,6 +72,6 @@ def test_a_fault_of_one_process_ends_all_with_its_status(case, tmp_path, fault):
     statuses, outputs = ended(processes)
     assert statuses == [2, 2], outputs
     said = outputs[0][1].strip()
-    assert said == "error: process 1 ended with status 2; mend what it says", said
+    assert said == "error: process 1 ended with status 2; fix what it says", said
     assert re.fullmatch(r"error: \S+/tokens was cut short; delete the folder \S+ and prepare again\n", outputs[1][1])
     fault.happened(f"exit 2 in both; the other one: {said}")

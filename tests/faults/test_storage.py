@@ -127,5 +127,5 @@ def test_data_that_is_harmed_under_a_running_job_ends_it_with_its_line(cold, fau
     for file, content in zip(files, whole, strict=True):
         file.write_bytes(content)
     told = err.strip().replace(str(cold.cache), "CACHE")
-    fault.happened(f"exit 2: {told}; step {trained} saved; mended, {cold.ends_as_undisturbed()}")
+    fault.happened(f"exit 2: {told}; step {trained} saved; fixed, {cold.ends_as_undisturbed()}")
     shutil.rmtree(cold.cache)

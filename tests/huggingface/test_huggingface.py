@@ -57,7 +57,7 @@ def reader(params):
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 @pytest.mark.parametrize("dtype", huggingface.DTYPES)
-def test_what_is_imported_is_exported_bit_by_bit(changes, dtype, trained, tmp_path):
+def test_what_is_imported_is_exported_bit_for_bit(changes, dtype, trained, tmp_path):
     declared = dataclasses.replace(trained[0], model=dataclasses.replace(trained[0].model, **changes))
     tokenizer = trained[2].path / "tokenizer" / "tokenizer.json"
     params = model.init(declared.model, jax.random.key(1))

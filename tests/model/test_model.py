@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from euroflax import model, sharding
-from euroflax.model import attention
+from euroflax.model import attention, size
 from euroflax.model.layers import rms_norm, rotate
 from tests.conftest import assert_trees_close, small
 
@@ -264,3 +264,49 @@ def test_tokens_read_in_parts_through_a_cache_have_the_hidden_states_of_the_whol
         found.append(hidden_BLD)
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole_BLD, atol=2e-5)
     assert int(cache["filled"]) == 12
+
+
+def test_rope_theta_is_the_base_of_the_frequencies():
+    heads = jnp.ones((1, 1, 1, 4))
+    positions = jnp.full((1, 1), 2, jnp.int32)
+    for theta in (100.0, 10_000.0):
+        angles = 2 * np.array([1, theta**-0.5])
+        expected = [*(np.cos(angles) - np.sin(angles)), *(np.cos(angles) + np.sin(angles))]
+        np.testing.assert_allclose(np.ravel(rotate(heads, positions, theta)), expected, rtol=1e-5)
+    data, weights = batch(), params()
+    found = [np.asarray(apply(dataclasses.replace(CONFIG, rope_theta=theta), weights, data)) for theta in (100.0, 1e4)]
+    assert np.abs(found[0] - found[1]).max() > 1e-5
+
+
+def test_initial_weights_have_init_std_and_those_into_the_residual_stream_less():
+    config = dataclasses.replace(CONFIG, init_std=0.5, num_layers=8, tied_output=False)
+    found = jax.jit(model.init, static_argnums=0)(config, jax.random.key(1))
+    layers = found["layers"]
+    plain = [
+        found["embedding_VD"],
+        found["output_DV"],
+        *(layers["attention"][f"{n}"] for n in ("query_DHK", "key_DGK")),
+    ]
+    plain += [layers["attention"]["value_DGK"], layers["mlp"]["gate_DF"], layers["mlp"]["up_DF"]]
+    for weight in plain:
+        assert float(jnp.std(weight)) == pytest.approx(0.5, rel=0.05)
+    for weight in (layers["attention"]["output_HKD"], layers["mlp"]["down_FD"]):
+        assert float(jnp.std(weight)) == pytest.approx(0.5 / 16**0.5, rel=0.05)
+
+
+def test_dots_computes_no_matrix_product_again_and_full_computes_all():
+    data, weights = batch(), params()
+
+    def products(remat):
+        config = dataclasses.replace(CONFIG, remat=remat, layer_loop="unroll", num_layers=2)
+        compiled = jax.jit(jax.grad(lambda p: jnp.sum(model.hidden(config, p, data)))).lower(weights)
+        return compiled.as_text().count("stablehlo.dot_general")
+
+    assert products("none") <= products("dots") < products("full")
+
+
+def test_the_model_is_traced_once_for_its_size(monkeypatch):
+    traced = []
+    monkeypatch.setattr(size, "init", lambda config, key: traced.append(1) or model.init(config, key))
+    config = dataclasses.replace(CONFIG, mlp_dim=80)
+    assert len({model.flops_per_token(config, 64) for _ in range(5)}) == 1 and len(traced) == 1

@@ -5,12 +5,12 @@ import jax
 import numpy as np
 import pytest
 
-from euroflax import verbs
+from euroflax import model, verbs
 from euroflax.checkpoint import hash_files, latest_step, listed_steps
 from euroflax.console import SilentDisplay
 from euroflax.data.loader import Rows
 from euroflax.data.prepare import prepare
-from euroflax.experiment import ExperimentError, Interrupted, RunFailed
+from euroflax.experiment import ExperimentError, Interrupted, RunFailed, fingerprint, override, to_json
 from euroflax.training import loop
 from euroflax.training.record import read_metrics
 from euroflax.training.stop import Stop
@@ -229,3 +229,33 @@ def test_the_evaluate_verb_gives_the_figures_of_the_last_evaluation(undisturbed,
     assert found == {"step": 6} | undisturbed.metrics[-1]["eval"]
     with pytest.raises(ExperimentError, match="holds no checkpoint; train first"):
         verbs.evaluate(small(), folders)
+
+
+def test_mfu_is_the_share_of_the_peak_that_the_model_needs(folders, monkeypatch):
+    monkeypatch.setattr("euroflax.training.meter.peak_flops", lambda kind: 1e12)
+    declared = small(training__tokens=4 * 8 * 64, evaluation__every_steps=100)
+    lines = [line for line in verbs.train(declared, folders).metrics if "loss" in line]
+    for line in lines:
+        needed = 8 * 64 * model.flops_per_token(declared.model, 64)
+        assert line["mfu"] == pytest.approx(needed / line["step_seconds"] / (8 * 1e12), rel=1e-6)
+
+
+def test_fingerprints_differ_where_values_do():
+    values = [{}, {"a": 1}, {"a": 2}, {"b": 1}, ["a", 1], "a1", None]
+    assert len({fingerprint(value) for value in values}) == len(values)
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+
+
+def test_a_run_that_is_complete_and_typed_again_counts_as_no_session(folders):
+    declared = small(training__tokens=2 * 8 * 64)
+    for _ in range(3):
+        run = verbs.train(declared, folders)
+    assert len(json.loads((run.path / "manifest.json").read_bytes())["sessions"]) == 1
+
+
+def test_a_run_that_is_refused_leaves_no_folder(folders):
+    sources = [to_json(small())["data"]["sources"][0] | {"path": "none.jsonl"}]
+    declared = override(small(), {"data.sources": sources, "data.mixture": {}})
+    with pytest.raises(ExperimentError, match="names no file"):
+        verbs.train(declared, folders)
+    assert not folders.run_dir(declared.name).exists()

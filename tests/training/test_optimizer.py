@@ -96,3 +96,16 @@ def test_a_run_made_longer_behind_its_stable_phase_says_what_the_rate_does(befor
     declared = override(small(training__tokens=2000), {**schedule, "training.schedule.peak_learning_rate": 0.01})
     said = about_longer(declared, before, tokens)
     assert (said == []) if says is None else (says in said[0] and "move the checkpoints after 800 tokens" in said[1])
+
+
+def test_the_moments_decay_by_their_betas_and_epsilon_stands_under_the_gradient():
+    changes = {"adam_beta1": 0.6, "adam_beta2": 0.7, "adam_epsilon": 0.25, "weight_decay": 0.0, "clip_norm": 1e9}
+    training = small(**{f"training__{name}": value for name, value in changes.items()}).training
+    optimizer = make_optimizer(training)
+    weights = {"scale_D": jnp.ones(1)}
+    state, first, second = optimizer.init(weights), 0.0, 0.0
+    for step, gradient in enumerate((0.5, -1.0, 2.0), start=1):
+        updates, state = optimizer.update({"scale_D": jnp.full(1, gradient)}, state, weights)
+        first, second = 0.6 * first + 0.4 * gradient, 0.7 * second + 0.3 * gradient**2
+        expected = first / (1 - 0.6**step) / ((second / (1 - 0.7**step)) ** 0.5 + 0.25)
+        assert float(updates["scale_D"][0]) == pytest.approx(expected, rel=1e-5)
