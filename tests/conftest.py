@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 
+import hypothesis
 import pytest
 
 from euroflax import devices
@@ -38,6 +39,13 @@ SMALL = {
     "evaluation.every_steps": 3,
     "evaluation.sample_tokens": 0,
 }
+
+
+_SHARED = [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow]
+_ALWAYS = {"deadline": 10_000, "suppress_health_check": _SHARED, "database": None}
+hypothesis.settings.register_profile("short", max_examples=60, derandomize=True, **_ALWAYS)
+hypothesis.settings.register_profile("long", max_examples=3000, **_ALWAYS)
+hypothesis.settings.load_profile("short")
 
 
 def small(path: pathlib.Path = TINY, languages: tuple[str, ...] = ("el", "en", "mt"), **changes: object) -> Experiment:
