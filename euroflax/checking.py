@@ -36,7 +36,7 @@ def _check_sources(declared: Experiment, folders: Folders) -> tuple[list[dict], 
     return sources, passed_over, faults
 
 
-def check(declared: Experiment, folders: Folders) -> dict:
+def check(declared: Experiment, folders: Folders, *, deep: bool = False) -> dict:
     """Looks at the files that an experiment needs, without a device: sizes of its sources, folders to write.
 
     Raises:
@@ -69,6 +69,9 @@ def check(declared: Experiment, folders: Folders) -> dict:
             faults.extend(error.faults)
     if faults:
         raise ExperimentError(*faults)
+    if deep and prepared is not None:
+        for store in {store.path: store for _, store in (*prepared.train, *prepared.evaluation)}.values():
+            store.check_content()
     planning.trace_stages(declared, sharding.least_devices(declared.mesh))
     order = None if prepared is None else Rows(declared, prepared).order
     stages = planning.describe_stages(declared, order)

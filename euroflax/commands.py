@@ -44,7 +44,7 @@ def _train(call: Call) -> None:
 
 
 def _check(call: Call) -> dict:
-    found = verbs.check(call.declared, call.folders)
+    found = verbs.check(call.declared, call.folders, deep=bool(call.options.deep))
     files, size = (sum(source[name] for source in found["sources"]) for name in ("files", "file_bytes"))
     count = len(found["sources"])
     call.display.note(f"files       {files:,} of {count} source{'' if count == 1 else 's'}, {planning.size(size)}")

@@ -44,6 +44,7 @@ _LEAST_SLURM_SECONDS = 20.0
 _ONLY_FOR = {
     "json": ("check", "plan", "evaluate", "generate", "show", "bench"),
     "on": ("plan",),
+    "deep": ("check",),
     "row": ("show",),
     "ledger": ("show",),
     "position": ("show",),
@@ -183,6 +184,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_flags_of_verbs(parser: argparse.ArgumentParser) -> None:
+    checks = parser.add_argument_group("check")
+    checks.add_argument("--deep", action="store_true", default=None, help="compare prepared data with its hashes")
     plans = parser.add_argument_group("plan")
     plans.add_argument("--on", metavar="TARGET", help="hardware that need not be here: v5p:8x8x8, h100:64x4")
     writing = parser.add_argument_group("generate")

@@ -11,6 +11,7 @@ one tensor, is an error, on one CPU as on a thousand accelerators.
 The replicas of the slow axis are the leading dimension of a `vmap`, in `per_replica`: nothing below it crosses them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -120,6 +121,31 @@ def make_mesh(
     if num_devices is not None:
         return AbstractMesh(tuple(sizes.values()), AXES, axis_types=types)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+
+
+def mesh_to_read(declared: experiment.Experiment, note: Callable[[str], None]) -> jax.sharding.Mesh:
+    """The mesh of an experiment where it makes up this job's devices; else one of as many of them as it fits.
+
+    For what changes nothing of the run: evaluation and generation. One process only takes another mesh.
+
+    Raises:
+        ExperimentError: none fits.
+    """
+    devices = jax.devices()
+    try:
+        found = make_mesh(declared)
+    except ExperimentError:
+        found = None
+        for count in range(len(devices) if jax.process_count() == 1 else 0, 0, -1):
+            other = dataclasses.replace(declared, mesh=experiment.Mesh(data=1, fsdp=count))
+            with contextlib.suppress(ExperimentError):
+                found = make_mesh(other, devices=devices[:count])
+                note(f"the mesh of the experiment is not that of these devices; takes fsdp {count}")
+                break
+        if found is None:
+            raise
+    assert isinstance(found, jax.sharding.Mesh)
+    return found
 
 
 def folded(mesh: jax.sharding.Mesh, axes: Sequence[str]) -> jax.sharding.Mesh:

@@ -258,8 +258,7 @@ def evaluate(
     display, stop = display or SilentDisplay(), stop or Stop()
     run_dir = _trained(declared, folders)
     prepared = prepare(declared, folders, display, stop)
-    mesh = sharding.make_mesh(declared)
-    assert isinstance(mesh, jax.sharding.Mesh)
+    mesh = sharding.mesh_to_read(declared, display.note)
 
     def proceed(done: int, total: int) -> None:
         stop.check()
@@ -291,11 +290,11 @@ def generate(
         Interrupted: it was stopped.
     """
     run_dir = _trained(declared, folders)
-    mesh = sharding.make_mesh(declared)
-    assert isinstance(mesh, jax.sharding.Mesh)
+    display = display or SilentDisplay()
+    mesh = sharding.mesh_to_read(declared, display.note)
     tokenizer = tokens.read(run_dir / "tokenizer" / "tokenizer.json")
     with jax.set_mesh(mesh):
-        saved = _open_saved(declared, run_dir, tokenizer, display or SilentDisplay())
+        saved = _open_saved(declared, run_dir, tokenizer, display)
         params = saved.place(abstract_state(declared, mesh).params)
         length = declared.context_length
         proceed = (stop or Stop()).check

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from euroflax import generation, model, sharding, verbs
+from euroflax.console import SilentDisplay
 from euroflax.data import tokenizer as tokens
-from euroflax.experiment import ExperimentError, Interrupted
+from euroflax.experiment import ExperimentError, Interrupted, override
 from euroflax.generation import Sampling, generate
 from euroflax.training.stop import Stop
 from tests.conftest import run, write_experiment
@@ -250,3 +251,15 @@ def test_the_finished_run_keeps_what_it_writes_in_each_language(trained):
     before = (done.path / "samples.json").stat().st_mtime_ns
     verbs.train(declared, folders)
     assert (done.path / "samples.json").stat().st_mtime_ns == before
+
+
+def test_generate_and_evaluate_take_the_devices_that_are_there(trained):
+    declared, folders, run = trained
+    other = override(declared, {"mesh.data": 1, "mesh.fsdp": 16, "training.batch_tokens": 16 * 64})
+    notes = []
+    display = SilentDisplay()
+    display.note = notes.append
+    found = verbs.evaluate(other, folders, display)
+    assert found["bits_per_byte.mean"] == pytest.approx(run.bits_per_byte["mean"], rel=1e-5)
+    verbs.generate(other, folders, ["a"], Sampling(max_new_tokens=1), display)
+    assert notes == ["the mesh of the experiment is not that of these devices; takes fsdp 8"] * 2

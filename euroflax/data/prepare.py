@@ -258,6 +258,7 @@ def _train_tokenizer(experiment: Experiment, path: pathlib.Path, digests: dict[s
     text = train_apart(experiment, files, advance)
     progress("tokenizer", done, done)
     path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path.with_suffix(".sha256"), hashlib.sha256(text.encode()).hexdigest() + "\n")
     replace_file(path, text)
 
 
@@ -267,6 +268,10 @@ def checked_tokenizer(experiment: Experiment, path: pathlib.Path) -> Tokenizer:
     Raises:
         ExperimentError: it does not.
     """
+    seal = path.with_suffix(".sha256")
+    sealed = seal.read_text().strip() if experiment.tokenizer_path is None and seal.is_file() else None
+    if sealed is not None and sealed != hashlib.sha256(path.read_bytes()).hexdigest():
+        raise ExperimentError(f"tokenizer {path} is not as it was made; delete its folder and prepare again")
     known = tokenizer.read(path)
     if known.vocab_size > experiment.model.vocab_size:
         raise ExperimentError(

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import hashlib
 import pathlib
 import shutil
 from collections.abc import Collection, Iterator
@@ -24,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from euroflax.data.arrays import ArrayWriter, FileArray
-from euroflax.experiment import ExperimentError
+from euroflax.experiment import ExperimentError, fingerprint
 from euroflax.folders import parse_json, replace_json
 
 FORMAT = 3
@@ -142,6 +143,20 @@ class Store:
                 f"{path} cannot be read ({str(error)[:200]}); delete the folder {self.path} and prepare again"
             ) from error
 
+    def check_content(self) -> None:
+        """Reads all files of the store and compares them with the hashes in its manifest.
+
+        Raises:
+            ExperimentError: one was changed.
+        """
+        known = self.manifest.get("content")
+        changed = [] if known is None else [n for n, d in file_digests(self.path).items() if known.get(n) != d]
+        if changed:
+            raise ExperimentError(
+                f"token store {self.path} is not as it was made: {', '.join(changed)} changed; delete the folder and "
+                "prepare again"
+            )
+
     def find(self, ids: Collection[str]) -> tuple[np.ndarray, list[str]]:
         """The numbers of the documents with one of these ids, in order, int64; and the ids that no document has."""
         found, seen, start = [np.zeros(0, np.int64)], set(), 0
@@ -173,6 +188,26 @@ class Store:
             ]
 
 
+def file_digests(path: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of each file of a store but its manifest."""
+    found = {}
+    for file in sorted(file for file in path.iterdir() if file.name != "manifest.json"):
+        with open(file, "rb") as opened:
+            found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
+
+
+def sealed(manifest: dict) -> dict:
+    """A manifest with a hash of itself."""
+    return manifest | {"seal": fingerprint(manifest)}
+
+
+def is_sealed(manifest: dict) -> bool:
+    """Whether a manifest is as it was written, as far as it can tell: earlier versions wrote no seal."""
+    rest = {name: value for name, value in manifest.items() if name != "seal"}
+    return manifest.get("seal", fingerprint(rest)) == fingerprint(rest)
+
+
 def open_store(path: pathlib.Path) -> Store | None:
     """The store in a folder; None where there is none, or one that was not finished.
 
@@ -190,6 +225,8 @@ def open_store(path: pathlib.Path) -> Store | None:
         raise ExperimentError(f"token store {path} is not whole: its manifest is harmed; {fix}")
     if manifest["format"] != FORMAT:
         raise ExperimentError(f"token store {path} has format {manifest['format']}, not {FORMAT}; {fix}")
+    if not is_sealed(manifest):
+        raise ExperimentError(f"token store {path} is not as it was made: its manifest was changed; {fix}")
     store = Store(path, manifest)
     table = path / "documents.parquet"
     if not table.is_file() or table.stat().st_size != manifest["table_bytes"]:
@@ -254,7 +291,8 @@ class StoreWriter:
             "providers": list(self._providers) or None,
             "table_bytes": (self._path / "documents.parquet").stat().st_size,
         }
-        replace_json(self._path / "manifest.json", {**facts, **sizes, **manifest})
+        content = {"content": file_digests(self._path)}
+        replace_json(self._path / "manifest.json", sealed({**facts, **sizes, **manifest, **content}))
 
     def close(self) -> None:
         """Closes the files; a store that is not finished stays without a manifest."""

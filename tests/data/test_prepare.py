@@ -11,8 +11,9 @@ import sys
 import pytest
 import tokenizers
 
-from euroflax import tables
+from euroflax import tables, verbs
 from euroflax.data import prepare as preparation
+from euroflax.data.arrays import ArrayWriter
 from euroflax.data.prepare import open_prepared, prepare
 from euroflax.experiment import (
     Evaluation,
@@ -358,3 +359,31 @@ def test_bad_lines_below_the_bound_are_told_with_their_file(tmp_path):
     (line,) = tables.about_bad_lines(folders, prepared)
     assert line.startswith("bad lines   source a: not JSON: 1, of 201 lines, see ")
     assert pathlib.Path(line.rpartition("see ")[2]).is_file()
+
+
+def test_prepared_data_that_was_changed_is_found_at_a_start_or_by_a_deep_check(tmp_path):
+    declared, folders = own(tmp_path)
+    prepared = prepare(declared, folders)
+    ((_, store),) = prepared.train
+    verbs.check(declared, folders, deep=True)
+    manifest = store.path / "manifest.json"
+    whole = manifest.read_bytes()
+    manifest.write_text(json.dumps(json.loads(whole) | {"bytes": store.num_bytes // 2}))
+    with pytest.raises(ExperimentError, match="its manifest was changed; delete"):
+        open_prepared(declared, folders)
+    manifest.write_bytes(whole)
+    reversed_tokens = store.read(0, store.num_tokens)[::-1]
+    writer = ArrayWriter(store.path / "tokens", store.manifest["dtype"])
+    writer.append(reversed_tokens)
+    writer.close()
+    verbs.check(declared, folders)
+    with pytest.raises(ExperimentError, match="tokens changed; delete the folder and prepare again"):
+        verbs.check(declared, folders, deep=True)
+    content = prepared.tokenizer_path.read_text()
+    vocabulary = json.loads(content)
+    a, b = list(vocabulary["model"]["vocab"])[50:52]
+    entries = vocabulary["model"]["vocab"]
+    entries[a], entries[b] = entries[b], entries[a]
+    prepared.tokenizer_path.write_text(json.dumps(vocabulary))
+    with pytest.raises(ExperimentError, match=r"tokenizer .* is not as it was made"):
+        open_prepared(declared, folders)

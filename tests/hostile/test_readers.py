@@ -89,7 +89,10 @@ PATHS = [path for path in paths_of(EXPERIMENT) if path]
 FIELDS = [".".join(path) for path in PATHS if all(isinstance(part, str) for part in path)]
 
 
-@given(st.sampled_from(PATHS), JSON)
+NUMBERS = st.sampled_from([10**400, -(10**400), 2**63, 10**18, 0, -1, math.inf, math.nan, True])
+
+
+@given(st.sampled_from(PATHS), NUMBERS | JSON)
 def test_an_experiment_out_of_json(path, value):
     with of_the_contract():
         assert all(isinstance(fault, str) for fault in validate(from_json(replaced(EXPERIMENT, path, value))))
