@@ -195,7 +195,7 @@ def table(found: dict) -> Table:
     for line in found["loaders"]:
         speed = line["tokens_per_second"]
         if speed is None:
-            shown.add_row(line["loader"], line["packing"], "not installed: pip install 'euroflax[bench]'")
+            shown.add_row(line["loader"], line["packing"], "not installed: pip install -e '.[bench]'")
             continue
         shown.add_row(
             line["loader"],

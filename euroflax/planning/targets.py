@@ -122,7 +122,7 @@ def compiler_version(target: Target) -> str | None:
 
 def how_to_compile(target: Target) -> str:
     """The command that installs the compiler of a target."""
-    return f"pip install 'euroflax[{_EXTRAS[target.accelerator.platform]}]'"
+    return f"pip install -e '.[{_EXTRAS[target.accelerator.platform]}]'"
 
 
 def devices_of(target: Target) -> list:

@@ -58,7 +58,7 @@ def test_every_accelerator_has_an_analytical_plan_that_says_so(monkeypatch, name
     assert made.flops_per_step["program"] is None and all(row["bytes"] is None for row in made.collectives)
     assert made.fits == (made.memory_bytes["total"] <= made.memory_bytes["capacity"])
     text = "\n".join(planning.plan_lines(made))
-    assert "an analytical plan" in text and f"pip install 'euroflax[{ACCELERATORS[name].platform}]'" in text
+    assert "an analytical plan" in text and f"pip install -e '.[{ACCELERATORS[name].platform}]'" in text
     assert (made.kwh is None) == (ACCELERATORS[name].watts is None)
     assert (made.derived is not None) == ("derived description" in text)
 
