@@ -47,7 +47,7 @@ def _check(call: Call) -> dict:
     found = verbs.check(call.declared, call.folders, deep=bool(call.options.deep))
     files, size = (sum(source[name] for source in found["sources"]) for name in ("files", "file_bytes"))
     count = len(found["sources"])
-    call.display.note(f"files       {files:,} of {count} source{'' if count == 1 else 's'}, {planning.size(size)}")
+    call.display.note(f"files       {files:,} in {count} source{'' if count == 1 else 's'}, {planning.size(size)}")
     _tables(call, found["stages"])
     for line in (*found["not_read"], *found["bad_lines"], *found["withdrawn"]):
         call.display.note(line)

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -6,6 +7,7 @@ import pytest
 
 from euroflax import evaluation, model, sharding
 from euroflax.data.prepare import prepare
+from euroflax.data.store import Store
 from tests.conftest import small
 
 
@@ -59,3 +61,33 @@ def test_a_bound_on_documents_takes_the_first_ones(folders):
         found = evaluation.bits_per_byte(declared, prepared, params, mesh)
     expected = plain(declared, prepared, params, documents=1)
     assert found["bits_per_byte.el"] == pytest.approx(expected["bits_per_byte.el"], rel=1e-5)
+
+
+def test_what_the_tokens_do_not_give_back_costs_eight_bits_a_byte(folders, monkeypatch):
+    declared = small()
+    prepared = prepare(declared, folders)
+    params = jax.jit(model.init, static_argnums=0)(declared.model, jax.random.key(0))
+    mesh = sharding.make_mesh(declared)
+    with jax.set_mesh(mesh):
+        lossless = evaluation.bits_per_byte(declared, prepared, params, mesh)
+        known = Store.documents
+        monkeypatch.setattr(Store, "documents", lambda s, n: [d | {"lost": d["bytes"] / 4} for d in known(s, n)])
+        losing = evaluation.bits_per_byte(declared, prepared, params, mesh)
+    for name, value in lossless.items():
+        assert losing[name] == pytest.approx(value + 8 / 4, rel=1e-6)
+
+
+def test_code_stands_behind_the_mean_and_an_empty_held_out_part_is_not_a_number(folders):
+    declared = small()
+    first, *others = declared.evaluation.sources
+    sources = (dataclasses.replace(first, language="code"), *others)
+    declared = dataclasses.replace(declared, evaluation=dataclasses.replace(declared.evaluation, sources=sources))
+    prepared = prepare(declared, folders)
+    left_out = {others[0].name: frozenset(range(100))}
+    prepared = dataclasses.replace(prepared, left_out=left_out)
+    params = jax.jit(model.init, static_argnums=0)(declared.model, jax.random.key(0))
+    mesh = sharding.make_mesh(declared)
+    with jax.set_mesh(mesh):
+        found = evaluation.bits_per_byte(declared, prepared, params, mesh)
+    assert list(found) == [f"bits_per_byte.{name}" for name in ("en", "mt", "mean", "code")]
+    assert math.isnan(found["bits_per_byte.en"]) and found["bits_per_byte.mean"] == found["bits_per_byte.mt"]
