@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from euroflax import generation, huggingface, model, sharding, verbs
 from euroflax.data import tokenizer as tokens
 from euroflax.experiment import override
 from euroflax.generation import Sampling
+from euroflax.huggingface import writer
 from euroflax.languages import EU24
 from tests.conftest import ROOT, small
 
@@ -124,3 +126,60 @@ def test_a_folder_that_transformers_wrote_is_read_and_gives_its_logits(exported,
     with torch.no_grad():
         expected = transformers_model(tmp_path)(torch.tensor([ids])).logits[0].numpy()
     np.testing.assert_allclose(our_logits(declared, params, ids), expected, atol=1e-4)
+
+
+def byte_level(trainer):
+    """As GPT-2's: no token before a text, and one name for all roles."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    return inner, trainer("Bpe", ["<|endoftext|>"]), {"eos_token": "<|endoftext|>"}
+
+
+def prefixed(trainer):
+    """As Llama 2's: a prefix before the text, bytes for what is unknown, and an end token behind the text."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
+    inner.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    parts = [("Replace", "▁", " "), ("ByteFallback",), ("Fuse",), ("Strip", " ", 1, 0)]
+    inner.decoder = tokenizers.decoders.Sequence([getattr(tokenizers.decoders, n)(*a) for n, *a in parts])
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "tokenizer_class": "LlamaTokenizer"}
+    return inner, trainer("Bpe", ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]), names
+
+
+def pieces(trainer):
+    """As T5's: a unigram model, whose template puts the end token behind the text."""
+    inner = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    inner.decoder = tokenizers.decoders.Metaspace()
+    inner.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    names = {"eos_token": "</s>", "pad_token": "<pad>", "tokenizer_class": "T5Tokenizer"}
+    return inner, trainer("Unigram", ["<pad>", "</s>", "<unk>"], unk_token="<unk>"), names
+
+
+@pytest.mark.parametrize("make", [byte_level, prefixed, pieces])
+def test_a_foreign_tokenizer_gives_transformers_the_tokens_of_training(exported, tmp_path, make):
+    from transformers import AutoTokenizer
+
+    declared, _, _ = exported
+
+    def trainer(kind, special, **more):
+        found = getattr(tokenizers.trainers, f"{kind}Trainer")
+        return found(vocab_size=600, special_tokens=special, show_progress=False, **more)
+
+    inner, how, names = make(trainer)
+    inner.train_from_iterator(prompts() * 3, trainer=how)
+    path = tmp_path / "theirs" / "tokenizer.json"
+    path.parent.mkdir()
+    inner.save(str(path))
+    path.with_name("tokenizer_config.json").write_text(json.dumps(names))
+    known = tokens.read(path)
+    (tmp_path / "hf").mkdir()
+    writer._write_rest(declared, tmp_path / "hf", path, "float32")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in prompts():
+        assert theirs(text)["input_ids"] == [known.bos, *known.encode([text])[0]]
