@@ -48,8 +48,8 @@ def about_longer(declared: Experiment, before: int, tokens: int) -> list[str]:
     return [
         f"training.tokens was {before:,} and is {total:,}: the learning rate goes from {was:.3g} to {is_now:.3g} and "
         "decays at the new end",
-        f"to extend the phase before the decay instead, move the checkpoints after {decay_began:,} tokens out of the "
-        "folder checkpoints and run the same command again",
+        f"to extend the phase before the decay, copy the run folder, move the checkpoints after {decay_began:,} "
+        "tokens out of its folder checkpoints, and run the same command again",
     ]
 
 
